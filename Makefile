@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make demo` runs the main job and `make test` the tests; each sets up all that it needs below build/ (Python 3.11, gcc, make).
+
+PYTHON ?= python3
+STOCK ?= 0.11.0
+VENV := build/venv-$(STOCK)
+PY := $(VENV)/bin/python
+TOOLS := build/tools
+UV := $(TOOLS)/bin/uv
+REQUIREMENTS := tests/stock/envs/$(STOCK)
+NPU_SOURCES := $(shell find tests/virtual_npu -type f -not -name '*.md' -not -path '*/tests/*' -not -name '*.pyc')
+
+.PHONY: help setup demo test lint clean
+help:
+	@echo "make demo   prefill/decode pair over HTTP, stock against overlay; writes build/demo/report.json"
+	@echo "make test   lint, type check and all default tests"
+	@echo "make lint   ruff and mypy only"
+	@echo "make clean  remove build/"
+
+demo: setup
+	$(PY) examples/demo.py
+
+test: setup lint
+	$(PY) -m pytest tests
+
+lint: $(VENV)/.stock
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy dp_sync_patch
+
+setup: $(VENV)/.overlay $(VENV)/.virtual-npu
+
+$(UV):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+	    { echo "Python 3.11 is needed: '$(PYTHON)' is another version (make PYTHON=...)" >&2; exit 2; }
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/pip install -q uv
+
+# The stock wheels exactly as published, and the tools that the tests and the demo use beside them.
+$(VENV)/.stock: $(REQUIREMENTS).txt $(REQUIREMENTS)-overrides.txt tests/requirements.txt | $(UV)
+	test -x $(PY) || $(UV) venv -q --python $(PYTHON) $(VENV)
+	$(UV) pip install -q --python $(PY) -r $(REQUIREMENTS).txt -r tests/requirements.txt --overrides $(REQUIREMENTS)-overrides.txt
+	touch $@
+
+$(VENV)/.virtual-npu: $(VENV)/.stock $(NPU_SOURCES)
+	$(MAKE) -s -C tests/virtual_npu install PYTHON=$(abspath $(PY)) UV=$(abspath $(UV)) BUILD=$(abspath build/virtual_npu/$(STOCK))
+	touch $@
+
+# Editable: the overlay under test is the one in this checkout.
+$(VENV)/.overlay: $(VENV)/.stock pyproject.toml
+	$(UV) pip install -q --python $(PY) --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf build
