@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+// The virtual NPU's settings, read once per process from the environment (VIRTUAL_NPU_*).
+#pragma once
+#include <cstdint>
+#include <string>
+
+namespace vnpu {
+
+struct Settings {
+    // VIRTUAL_NPU_SOC, as aclrtGetSocName spells it: Ascend910B1 (A2) or Ascend910_9391 (A3, default)
+    std::string soc;
+    // VIRTUAL_NPU_DEVICES, default 8, at least 1
+    int devices;
+    // VIRTUAL_NPU_DEVICE_MEMORY_MB, memory that each device reports, default 2048
+    int64_t device_memory_mb;
+    // VIRTUAL_NPU_WINDOW_MB, shared memory of one rank in one communicator at most, default 64
+    int64_t window_mb;
+    // VIRTUAL_NPU_TIMEOUT_S, how long a rank waits for its peers inside one operator, default 60
+    double timeout_s;
+    // VIRTUAL_NPU_SHAPES: strict (default; documented limits per SoC) or relaxed (toy hidden sizes, small EP)
+    bool relaxed_shapes;
+    // VIRTUAL_NPU_DUPLICATE_EXPERTS: refuse (default) a row that names one expert twice, or report it (on stderr once,
+    // in the ledger each time) and go on as long as the rows fit: stock 0.11.0 profile runs draw such rows
+    bool report_duplicate_experts;
+    // VIRTUAL_NPU_LEDGER_DIR, an existing directory; "" = no ledger
+    std::string ledger_dir;
+
+    bool is_a2() const { return soc.rfind("Ascend910B", 0) == 0; }
+    bool is_a3() const { return soc.rfind("Ascend910_93", 0) == 0; }
+};
+
+// Parses and validates on the first call. A bad value is a std::runtime_error that names the variable, the value found
+// and what is allowed; aclInit reports it, so a process with bad settings never gets a device.
+const Settings& settings();
+
+}  // namespace vnpu

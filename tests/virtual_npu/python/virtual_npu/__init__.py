@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A virtual Ascend NPU: torch calls :func:`attach` through the ``torch.backends`` entry point before it loads torch_npu."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+LIBRARIES = Path(__file__).parent / "lib"
+
+
+def attach() -> None:
+    """Load the virtual CANN, then torch_npu on top of it, then the CPU kernels behind torch_npu's operators.
+
+    Raises:
+        RuntimeError: TASK_QUEUE_ENABLE asks for torch_npu's task queue, or torch_npu was imported without the virtual CANN.
+    """
+    if importlib.util.find_spec("torch_npu") is None:
+        return
+    # torch_npu's task queue lets a read of device memory overtake a queued HCCL call; the virtual device has no such order.
+    if os.environ.setdefault("TASK_QUEUE_ENABLE", "0") != "0":
+        raise RuntimeError(f"virtual NPU: TASK_QUEUE_ENABLE={os.environ['TASK_QUEUE_ENABLE']!r} is not supported, allowed: 0")
+    for library in ["libvirtual_cann.so", "libunemulated.so", *sorted(p.name for p in LIBRARIES.glob("lib*.so"))]:
+        # torch_npu's libraries name these in DT_NEEDED; once loaded, the loader matches them by soname.
+        ctypes.CDLL(str(LIBRARIES / library), mode=ctypes.RTLD_GLOBAL)
+
+    import torch_npu  # noqa: F401  registers its kernels, which the next lines override
+
+    kernels = _load_kernels()
+    kernels.install()
+    from virtual_npu import operators, stepping
+
+    operators.register(kernels.as_cpu, kernels.as_npu)
+    stepping.watch()
+
+
+def _load_kernels():  # type: ignore[no-untyped-def]
+    """The C++ extension, imported as ``virtual_npu.kernels``."""
+    name = "virtual_npu.kernels"
+    spec = importlib.util.spec_from_file_location(name, LIBRARIES / "kernels.so")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[name] = module
+    return module

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the ledger cannot see from below torch_npu: where an engine step begins, which group a communicator belongs to, and gloo.
+
+Only observes: every wrapped call goes through unchanged. Nothing is wrapped unless VIRTUAL_NPU_LEDGER_DIR asks for a ledger.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import wrapt
+
+CANN = Path(__file__).parent / "lib" / "libvirtual_cann.so"
+GLOO_KINDS = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast", "barrier")
+
+
+class Ledger:
+    """The process's ledger in libvirtual_cann.so, reached by its C interface."""
+
+    def __init__(self) -> None:
+        self._cann = ctypes.CDLL(str(CANN))
+        self._cann.vnpu_ledger_step.argtypes = [ctypes.c_int64, ctypes.c_char_p, ctypes.c_int64]
+        self._cann.vnpu_ledger_note.argtypes = [ctypes.c_char_p]
+        self._steps = 0
+        self._named: set[str] = set()
+
+    @property
+    def enabled(self) -> bool:
+        return bool(self._cann.vnpu_ledger_enabled())
+
+    def note(self, event: str, **fields: Any) -> None:
+        """Append an event; ``fields`` are JSON values."""
+        self._cann.vnpu_ledger_note(json.dumps({"ev": event, **fields})[1:-1].encode())
+
+    def step(self, kind: str, scheduled_tokens: int) -> None:
+        """Begin engine step number ``0, 1, ...`` of this process: ``execute`` with its scheduled tokens, or ``dummy`` with 0."""
+        self.name_communicators()
+        self._cann.vnpu_ledger_step(self._steps, kind.encode(), scheduled_tokens)
+        self._steps += 1
+
+    def name_communicators(self) -> None:
+        """Note which vLLM group each new HCCL communicator belongs to (they are created at their first collective)."""
+        import torch
+
+        for name, group in _vllm_groups():
+            if name in self._named or group.world_size == 1:
+                continue
+            backend = group.device_group._get_backend(torch.device("npu"))
+            communicator = backend.get_hccl_comm_name(torch.distributed.get_rank(), init_comm=False)
+            if communicator:
+                self._named.add(name)
+                self.note("group", comm=communicator, name=name, rank=group.rank_in_group, size=group.world_size)
+
+
+def _vllm_groups() -> list[tuple[str, Any]]:
+    from vllm.distributed import parallel_state
+
+    groups = [(name, reference()) for name, reference in parallel_state._groups.items()]
+    return [(name, group) for name, group in groups if group is not None]
+
+
+def _group_name(process_group: Any) -> str:
+    """vLLM's name of a gloo group; ``stateless`` for those outside it, such as the engines' vote every 32 steps."""
+    for name, group in _vllm_groups():
+        if group.cpu_group is process_group:
+            return name
+    return "stateless" if process_group is not None else "world"
+
+
+def watch() -> None:
+    """Arm the observers; they wrap when stock imports the worker, so a process that never does is left alone."""
+    ledger = Ledger()
+    if not ledger.enabled:
+        return
+
+    def watch_worker(module: Any) -> None:
+        def execute_model(wrapped: Callable[..., Any], worker: Any, args: Any, kwargs: Any) -> Any:
+            output = args[0] if args else kwargs["scheduler_output"]
+            # A call without tokens only moves KV cache; the engine follows it with a dummy batch, which is the step.
+            if output.total_num_scheduled_tokens > 0:
+                ledger.step("execute", output.total_num_scheduled_tokens)
+            return wrapped(*args, **kwargs)
+
+        def execute_dummy_batch(wrapped: Callable[..., Any], worker: Any, args: Any, kwargs: Any) -> Any:
+            ledger.step("dummy", 0)
+            return wrapped(*args, **kwargs)
+
+        wrapt.wrap_function_wrapper(module, "NPUWorker.execute_model", execute_model)
+        wrapt.wrap_function_wrapper(module, "NPUWorker.execute_dummy_batch", execute_dummy_batch)
+        _watch_gloo(ledger)
+
+    wrapt.register_post_import_hook(watch_worker, "vllm_ascend.worker.worker_v1")
+
+
+def _watch_gloo(ledger: Ledger) -> None:
+    """Record each collective on a gloo group as HCCL's are recorded in C++ (kind, group, bytes, host time of the call)."""
+    import torch.distributed as dist
+
+    def observed(kind: str) -> Callable[..., Any]:
+        def call(wrapped: Callable[..., Any], _: Any, args: Any, kwargs: Any) -> Any:
+            group = kwargs.get("group", next((value for value in args if isinstance(value, dist.ProcessGroup)), None))
+            if "gloo" not in _backend(group):
+                return wrapped(*args, **kwargs)
+            tensors = [value for value in (*args, *kwargs.values()) if hasattr(value, "nbytes")]
+            begin = time.perf_counter()
+            try:
+                return wrapped(*args, **kwargs)
+            finally:
+                ledger.note("collective", backend="gloo", group=_group_name(group), kind=kind,
+                            bytes=sum(tensor.nbytes for tensor in tensors), host_us=(time.perf_counter() - begin) * 1e6)  # fmt: skip
+
+        return call
+
+    for kind in GLOO_KINDS:
+        wrapt.wrap_function_wrapper(dist, kind, observed(kind))
+
+
+def _backend(group: Any) -> str:
+    """The backend's name; a stateless group (vLLM's DP vote) is not in torch's registry and tells its own."""
+    import torch
+    import torch.distributed as dist
+
+    try:
+        return str(dist.get_backend(group))
+    except ValueError:
+        return str(group._get_backend(torch.device("cpu")).name())

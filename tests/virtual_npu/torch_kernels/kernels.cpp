@@ -1,0 +1,292 @@
+// SPDX-License-Identifier: Apache-2.0
+// Compute for the virtual NPU: device memory is host memory, so every aten operator that torch_npu implements is run by torch's own
+// CPU kernel on CPU tensors that alias the NPU tensors' memory. torch_npu keeps what describes memory (allocation, views, strides).
+#include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/CPUAllocator.h>
+#include <torch/extension.h>
+#include <torch/library.h>
+
+#include <map>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace vnpu {
+
+constexpr auto kNpu = c10::DispatchKey::PrivateUse1;
+
+// A CPU tensor over the same memory: same sizes, strides, offset and dtype. Writing to one writes to the other.
+at::Tensor as_cpu(const at::Tensor& tensor) {
+    if (!tensor.defined() || !tensor.is_privateuseone()) return tensor;
+    const auto& storage = tensor.storage();
+    // The alias owns a reference to the NPU storage, so a kernel that keeps it keeps the memory alive.
+    auto* owner = new c10::Storage(storage);
+    c10::DataPtr data(storage.mutable_data(), owner, [](void* held) { delete static_cast<c10::Storage*>(held); },
+                      c10::Device(c10::DeviceType::CPU));
+    c10::Storage alias(c10::Storage::use_byte_size_t(), storage.nbytes(), std::move(data), c10::GetCPUAllocator(),
+                       /*resizable=*/true);
+    auto result = at::detail::make_tensor<c10::TensorImpl>(std::move(alias), c10::DispatchKeySet(c10::DispatchKey::CPU),
+                                                           tensor.dtype());
+    auto* impl = result.unsafeGetTensorImpl();
+    impl->set_sizes_and_strides(tensor.sizes(), tensor.strides(), tensor.storage_offset());
+    if (tensor.is_conj()) result._set_conj(true);
+    if (tensor.is_neg()) result._set_neg(true);
+    return result;
+}
+
+// A new tensor on `device` with the values and strides of the CPU tensor.
+at::Tensor as_npu(const at::Tensor& cpu, c10::Device device) {
+    if (!cpu.defined()) return cpu;
+    auto result = at::empty_strided(cpu.sizes(), cpu.strides(), cpu.options().device(device));
+    as_cpu(result).copy_(cpu);
+    return result;
+}
+
+namespace {
+
+struct Argument {
+    at::Tensor npu;
+    at::Tensor cpu;
+};
+
+// The CPU stand-in of an NPU generator: seeded like it, and seeded anew when somebody seeds the NPU generator anew.
+at::Generator shadow(const at::Generator& generator) {
+    static std::mutex lock;
+    static std::map<const c10::GeneratorImpl*, std::pair<uint64_t, at::Generator>> shadows;
+    const std::lock_guard<std::mutex> guard(lock);
+    const uint64_t seed = generator.current_seed();
+    auto found = shadows.find(generator.unsafeGetGeneratorImpl());
+    if (found == shadows.end() || found->second.first != seed) {
+        found = shadows.insert_or_assign(generator.unsafeGetGeneratorImpl(),
+                                         std::make_pair(seed, at::detail::createCPUGenerator(seed))).first;
+    }
+    return found->second.second;
+}
+
+class Call {
+  public:
+    Call(const c10::OperatorHandle& op, torch::jit::Stack* stack) : op_(op), stack_(stack) {}
+
+    void run() {
+        const auto arguments = op_.schema().arguments().size();
+        const auto first = stack_->size() - arguments;
+        for (size_t index = first; index < stack_->size(); ++index) (*stack_)[index] = to_cpu((*stack_)[index]);
+        {
+            const at::AutoDispatchBelowADInplaceOrView guard;
+            op_.callBoxed(stack_);
+        }
+        const auto returns = op_.schema().returns().size();
+        for (size_t index = stack_->size() - returns; index < stack_->size(); ++index) {
+            (*stack_)[index] = to_npu((*stack_)[index]);
+        }
+        // An operator that gives nothing back may still have written into (or resized) its arguments.
+        for (auto& argument : arguments_) write_back(argument);
+    }
+
+  private:
+    at::Tensor remember(const at::Tensor& tensor) {
+        if (!tensor.defined() || !tensor.is_privateuseone()) return tensor;
+        if (!device_.has_value()) device_ = tensor.device();
+        for (const auto& known : arguments_) {
+            if (known.npu.is_same(tensor)) return known.cpu;
+        }
+        arguments_.push_back({tensor, as_cpu(tensor)});
+        return arguments_.back().cpu;
+    }
+
+    c10::IValue to_cpu(const c10::IValue& value) {
+        if (value.isTensor()) return remember(value.toTensor());
+        if (value.isTensorList()) {
+            c10::List<at::Tensor> list;
+            for (const at::Tensor& tensor : value.toTensorVector()) list.push_back(remember(tensor));
+            return list;
+        }
+        if (value.isOptionalTensorList()) {
+            c10::List<std::optional<at::Tensor>> list;
+            for (const std::optional<at::Tensor>& tensor : value.toOptionalTensorVector()) {
+                list.push_back(tensor.has_value() ? std::optional<at::Tensor>(remember(*tensor)) : std::nullopt);
+            }
+            return list;
+        }
+        if (value.isDevice() && value.toDevice().is_privateuseone()) {
+            device_ = value.toDevice();
+            return c10::Device(c10::DeviceType::CPU);
+        }
+        if (value.isGenerator() && value.toGenerator().device().is_privateuseone()) return shadow(value.toGenerator());
+        return value;
+    }
+
+    at::Tensor to_npu(const at::Tensor& result) {
+        if (!result.defined() || !device_.has_value() || !result.device().is_cpu()) return result;
+        for (auto& argument : arguments_) {
+            if (argument.cpu.is_same(result)) {
+                write_back(argument);
+                return argument.npu;
+            }
+        }
+        for (const auto& argument : arguments_) {
+            if (argument.cpu.storage().data() == result.storage().data() && result.storage().nbytes() > 0) {
+                return argument.npu.as_strided(result.sizes(), result.strides(), result.storage_offset());
+            }
+        }
+        return as_npu(result, *device_);
+    }
+
+    c10::IValue to_npu(const c10::IValue& value) {
+        if (value.isTensor()) return to_npu(value.toTensor());
+        if (value.isTensorList()) {
+            c10::List<at::Tensor> list;
+            for (const at::Tensor& tensor : value.toTensorVector()) list.push_back(to_npu(tensor));
+            return list;
+        }
+        return value;
+    }
+
+    // An out= argument that the CPU kernel resized: give the NPU tensor the new shape and, if the memory moved, the values.
+    static void write_back(Argument& argument) {
+        const bool moved = argument.cpu.storage().data() != argument.npu.storage().data();
+        if (!moved && argument.cpu.sizes() == argument.npu.sizes() && argument.cpu.strides() == argument.npu.strides()) return;
+        argument.npu.resize_(argument.cpu.sizes());
+        if (moved) as_cpu(argument.npu).copy_(argument.cpu);
+        argument.cpu = as_cpu(argument.npu);
+    }
+
+    const c10::OperatorHandle& op_;
+    torch::jit::Stack* stack_;
+    std::optional<c10::Device> device_;
+    std::vector<Argument> arguments_;
+};
+
+void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) { Call(op, stack).run(); }
+
+// ---- what crosses devices -------------------------------------------------------------------------------------------------
+
+at::Tensor& copy_(at::Tensor& self, const at::Tensor& source, bool) {
+    if (self.defined() && source.defined() && self.numel() > 0) as_cpu(self).copy_(as_cpu(source));
+    return self;
+}
+
+at::Tensor copy_from(const at::Tensor& self, const at::Tensor& destination, bool) {
+    as_cpu(destination).copy_(as_cpu(self));
+    return destination;
+}
+
+at::Tensor copy_from_and_resize(const at::Tensor& self, const at::Tensor& destination) {
+    destination.resize_(self.sizes());
+    return copy_from(self, destination, false);
+}
+
+at::Tensor empty_for_copy(const at::Tensor& self, const c10::TensorOptions& options, std::optional<c10::MemoryFormat> format) {
+    const auto wanted = format.value_or(c10::MemoryFormat::Preserve);
+    if (wanted != c10::MemoryFormat::Preserve) return at::empty(self.sizes(), options.memory_format(wanted));
+    if (self.is_non_overlapping_and_dense()) return at::empty_strided(self.sizes(), self.strides(), options);
+    return at::empty(self.sizes(), options);
+}
+
+at::Tensor to_copy(const at::Tensor& self, std::optional<c10::ScalarType> dtype, std::optional<c10::Layout> layout,
+                   std::optional<c10::Device> device, std::optional<bool> pin_memory, bool, std::optional<c10::MemoryFormat> format) {
+    const auto options = self.options().merge_in(
+        c10::TensorOptions().dtype(dtype).layout(layout).device(device).pinned_memory(pin_memory));
+    auto result = empty_for_copy(self, options, format);
+    as_cpu(result).copy_(as_cpu(self));
+    return result;
+}
+
+at::Tensor clone_npu(const at::Tensor& self, std::optional<c10::MemoryFormat> format) {
+    auto result = empty_for_copy(self, self.options(), format);
+    as_cpu(result).copy_(as_cpu(self));
+    return result;
+}
+
+at::Scalar local_scalar_dense(const at::Tensor& self) { return as_cpu(self).item(); }
+
+at::Tensor contiguous(const at::Tensor& self, c10::MemoryFormat format) {
+    return self.is_contiguous(format) ? self : clone_npu(self, format);
+}
+
+// CPU histc has no integer kernel; the counts are exact in double.
+at::Tensor histc(const at::Tensor& self, int64_t bins, const at::Scalar& low, const at::Scalar& high) {
+    const auto cpu = as_cpu(self);
+    return as_npu(at::histc(cpu.to(at::kDouble), bins, low, high).to(cpu.scalar_type()), self.device());
+}
+
+// ---- registration ---------------------------------------------------------------------------------------------------------
+
+// Left to torch_npu: they allocate, describe or track memory, and read no values.
+const std::set<std::string> kKeptByTorchNpu = {
+    "empty.memory_format", "empty_strided", "as_strided", "view", "view.dtype", "_reshape_alias", "_unsafe_view", "set_",
+    "set_.source_Storage", "set_.source_Storage_storage_offset", "set_.source_Tensor", "resize_", "resize_as_", "record_stream",
+    "is_pinned", "_pin_memory", "is_set_to", "unfold",
+};
+
+// Here torch_npu replaces a composite by its own kernel already at the autograd key, above PrivateUse1.
+const std::set<std::string> kAutogradOverrides = {
+    "where", "one_hot", "argsort", "argsort.stable", "repeat_interleave.self_int", "repeat_interleave.self_Tensor",
+    "contiguous", "to.dtype", "to.other", "to.device", "to.dtype_layout",
+};
+
+std::vector<std::unique_ptr<torch::Library>>& libraries() {
+    static auto* held = new std::vector<std::unique_ptr<torch::Library>>;  // registrations live as long as the process
+    return *held;
+}
+
+torch::Library& library(c10::DispatchKey key) {
+    libraries().push_back(std::make_unique<torch::Library>(torch::Library::IMPL, "aten", key, __FILE__, __LINE__));
+    return *libraries().back();
+}
+
+std::string full_name(const c10::OperatorName& name) {
+    return name.overload_name.empty() ? name.name : name.name + "." + name.overload_name;
+}
+
+// Overrides torch_npu's aten kernels; returns how many. Called once, after torch_npu is imported.
+int64_t install() {
+    auto& dispatcher = c10::Dispatcher::singleton();
+    const std::set<std::string> own = {"copy_", "_copy_from", "_copy_from_and_resize", "_to_copy", "clone", "_local_scalar_dense",
+                                       "histc"};
+    auto& npu = library(kNpu);
+    int64_t count = 0;
+    for (const auto& name : dispatcher.getRegistrationsForDispatchKey(kNpu)) {
+        if (name.name.rfind("aten::", 0) != 0) continue;
+        const auto full = full_name(name).substr(6);
+        if (own.count(full) != 0 || kKeptByTorchNpu.count(full) != 0) continue;
+        npu.impl(full.c_str(), torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
+        ++count;
+    }
+    npu.impl("copy_", copy_);
+    npu.impl("_copy_from", copy_from);
+    npu.impl("_copy_from_and_resize", copy_from_and_resize);
+    npu.impl("_to_copy", to_copy);
+    npu.impl("clone", clone_npu);
+    npu.impl("_local_scalar_dense", local_scalar_dense);
+    npu.impl("histc", histc);
+    auto& autograd = library(c10::DispatchKey::AutogradPrivateUse1);
+    for (const auto& name : dispatcher.getRegistrationsForDispatchKey(c10::DispatchKey::AutogradPrivateUse1)) {
+        if (name.name.rfind("aten::", 0) != 0) continue;
+        const auto full = full_name(name).substr(6);
+        if (kAutogradOverrides.count(full) == 0) continue;
+        if (full == "contiguous") {
+            autograd.impl("contiguous", contiguous);
+        } else {
+            autograd.impl(full.c_str(), torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
+        }
+        ++count;
+    }
+    return count + static_cast<int64_t>(own.size());
+}
+
+}  // namespace
+}  // namespace vnpu
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+    module.doc() = "CPU kernels behind the virtual NPU";
+    module.def("install", &vnpu::install, "Override torch_npu's aten kernels; returns how many operators now run on the CPU.");
+    module.def("as_cpu", &vnpu::as_cpu, "CPU tensor aliasing the memory of an NPU tensor.");
+    module.def("as_npu", [](const at::Tensor& cpu, const at::Tensor& like) { return vnpu::as_npu(cpu, like.device()); },
+               "New tensor on the device of `like` with the values of a CPU tensor.");
+}
