@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write what the installed wheels want from CANN: the libraries by name, and a stub for every symbol that is not emulated.
+"""Write what the installed wheels want from CANN: the libraries by name, and a stub for each symbol not emulated.
 
 Both lists come from the wheels' own dynamic sections, so no stock version needs hand-kept ones. A stub jumps to
 ``vnpu_unemulated`` with its own name, which raises an error that names it.
@@ -15,7 +15,9 @@ from pathlib import Path
 
 def symbols(library: Path, kind: str) -> set[str]:
     """Dynamic symbols of one shared object; ``kind`` is ``defined`` or ``undefined`` (weak ones excluded)."""
-    listing = subprocess.run(["nm", "-D", f"--{kind}-only", str(library)], capture_output=True, text=True, check=True).stdout
+    listing = subprocess.run(
+        ["nm", "-D", f"--{kind}-only", str(library)], capture_output=True, text=True, check=True
+    ).stdout
     rows = [line.split() for line in listing.splitlines() if line.strip()]
     return {row[-1].split("@")[0] for row in rows if kind == "defined" or row[-2] == "U"}
 
@@ -37,8 +39,12 @@ def on_this_system(name: str) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--wheels", nargs="+", type=Path, required=True, help="package folders whose libraries want CANN")
-    parser.add_argument("--provided", nargs="+", type=Path, required=True, help="libraries or folders that define symbols")
+    parser.add_argument(
+        "--wheels", nargs="+", type=Path, required=True, help="package folders whose libraries want CANN"
+    )
+    parser.add_argument(
+        "--provided", nargs="+", type=Path, required=True, help="libraries or folders that define symbols"
+    )
     parser.add_argument("--opened", nargs="+", required=True, help="CANN libraries that are opened by name at run time")
     parser.add_argument("--stubs", type=Path, required=True)
     parser.add_argument("--doors", type=Path, required=True, help="gets the names of the CANN libraries, one per line")
@@ -69,7 +75,7 @@ def main() -> None:
             f"{name}:",
             f"    leaq .Lname{index}(%rip), %rdi",
             "    jmp vnpu_unemulated@PLT",
-            f".Lname{index}: .string \"{name}\"",
+            f'.Lname{index}: .string "{name}"',
         ]
     lines.append('.section .note.GNU-stack,"",@progbits')
     options.stubs.write_text("\n".join(lines) + "\n")

@@ -77,11 +77,16 @@ def test_a_generator_on_the_device_is_reproducible() -> None:
 
 
 def test_memory_is_accounted_and_bounded() -> None:
-    code = (
-        "import torch; torch.npu.set_device(0); before = torch.npu.mem_get_info(); a = torch.empty(64 << 20, device='npu');"
-        "after = torch.npu.mem_get_info(); assert before[1] == 512 << 20, before; assert before[0] - after[0] >= 256 << 20;"
-        "torch.empty(128 << 20, device='npu')"
-    )
+    code = """
+import torch
+torch.npu.set_device(0)
+before = torch.npu.mem_get_info()
+held = torch.empty(64 << 20, device="npu")
+after = torch.npu.mem_get_info()
+assert before[1] == 512 << 20, before
+assert before[0] - after[0] >= 256 << 20, after
+torch.empty(128 << 20, device="npu")
+"""
     done = run(code, VIRTUAL_NPU_DEVICE_MEMORY_MB="512")
     assert done.returncode != 0
     assert "out of memory" in done.stderr

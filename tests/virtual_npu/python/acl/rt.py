@@ -7,7 +7,7 @@ import ctypes
 
 
 def memcpy(dst: int, dest_max: int, src: int, count: int, kind: int) -> int:
-    """Copy ``count`` bytes between addresses; 0 on success, CANN's "invalid parameter" (100000) when it does not fit."""
+    """Copy ``count`` bytes between addresses; 0, or CANN's "invalid parameter" (100000) when it does not fit."""
     del kind  # host and device are the same memory
     if count > dest_max:
         return 100000

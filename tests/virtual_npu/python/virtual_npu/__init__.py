@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A virtual Ascend NPU: torch calls :func:`attach` through the ``torch.backends`` entry point before it loads torch_npu."""
+"""A virtual Ascend NPU. torch calls :func:`attach` (entry point ``torch.backends``) before it loads torch_npu."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ def attach() -> None:
     """Load the virtual CANN, then torch_npu on top of it, then the CPU kernels behind torch_npu's operators.
 
     Raises:
-        RuntimeError: TASK_QUEUE_ENABLE asks for torch_npu's task queue, or torch_npu was imported without the virtual CANN.
+        RuntimeError: TASK_QUEUE_ENABLE asks for torch_npu's task queue.
     """
     if importlib.util.find_spec("torch_npu") is None:
         return
-    # torch_npu's task queue lets a read of device memory overtake a queued HCCL call; the virtual device has no such order.
+    # torch_npu's task queue lets a read of device memory overtake a queued HCCL call.
     if os.environ.setdefault("TASK_QUEUE_ENABLE", "0") != "0":
-        raise RuntimeError(f"virtual NPU: TASK_QUEUE_ENABLE={os.environ['TASK_QUEUE_ENABLE']!r} is not supported, allowed: 0")
+        raise RuntimeError(
+            f"virtual NPU: TASK_QUEUE_ENABLE={os.environ['TASK_QUEUE_ENABLE']!r} is not supported, allowed: 0"
+        )
     for library in ["libvirtual_cann.so", "libunemulated.so", *sorted(p.name for p in LIBRARIES.glob("lib*.so"))]:
         # torch_npu's libraries name these in DT_NEEDED; once loaded, the loader matches them by soname.
         ctypes.CDLL(str(LIBRARIES / library), mode=ctypes.RTLD_GLOBAL)
@@ -41,7 +43,8 @@ def _load_kernels():  # type: ignore[no-untyped-def]
     """The C++ extension, imported as ``virtual_npu.kernels``."""
     name = "virtual_npu.kernels"
     spec = importlib.util.spec_from_file_location(name, LIBRARIES / "kernels.so")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     sys.modules[name] = module

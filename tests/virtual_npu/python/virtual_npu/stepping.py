@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the ledger cannot see from below torch_npu: where an engine step begins, which group a communicator belongs to, and gloo.
+"""What the ledger cannot see from below torch_npu: engine steps, the groups of communicators, and gloo.
 
-Only observes: every wrapped call goes through unchanged. Nothing is wrapped unless VIRTUAL_NPU_LEDGER_DIR asks for a ledger.
+Only observes: every wrapped call goes through unchanged. Without VIRTUAL_NPU_LEDGER_DIR nothing is wrapped.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import multiprocessing.util
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,7 @@ class Ledger:
     def __init__(self) -> None:
         self._cann = ctypes.CDLL(str(CANN))
         self._cann.vnpu_ledger_step.argtypes = [ctypes.c_int64, ctypes.c_char_p, ctypes.c_int64]
-        self._cann.vnpu_ledger_note.argtypes = [ctypes.c_char_p]
+        self._cann.vnpu_ledger_note.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
         self._steps = 0
         self._named: set[str] = set()
 
@@ -35,10 +36,13 @@ class Ledger:
 
     def note(self, event: str, **fields: Any) -> None:
         """Append an event; ``fields`` are JSON values."""
-        self._cann.vnpu_ledger_note(json.dumps({"ev": event, **fields})[1:-1].encode())
+        self._cann.vnpu_ledger_note(event.encode(), json.dumps(fields)[1:-1].encode())
 
     def step(self, kind: str, scheduled_tokens: int) -> None:
-        """Begin engine step number ``0, 1, ...`` of this process: ``execute`` with its scheduled tokens, or ``dummy`` with 0."""
+        """Begin engine step 0, 1, ... of this process: ``execute`` with its scheduled tokens, or ``dummy`` with 0."""
+        if self._steps == 0:
+            # Engines are multiprocessing children: they end by os._exit, after finalizers but without destructors.
+            multiprocessing.util.Finalize(None, self._cann.vnpu_ledger_flush, exitpriority=0)
         self.name_communicators()
         self._cann.vnpu_ledger_step(self._steps, kind.encode(), scheduled_tokens)
         self._steps += 1
@@ -98,34 +102,32 @@ def watch() -> None:
 
 
 def _watch_gloo(ledger: Ledger) -> None:
-    """Record each collective on a gloo group as HCCL's are recorded in C++ (kind, group, bytes, host time of the call)."""
+    """Record each collective on a gloo group, as C++ records HCCL's (kind, group, bytes, host time of the call)."""
+    import torch
     import torch.distributed as dist
 
     def observed(kind: str) -> Callable[..., Any]:
         def call(wrapped: Callable[..., Any], _: Any, args: Any, kwargs: Any) -> Any:
             group = kwargs.get("group", next((value for value in args if isinstance(value, dist.ProcessGroup)), None))
-            if "gloo" not in _backend(group):
+            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+            # By the tensors: a stateless group (vLLM's vote) is not in torch's registry. A barrier has none.
+            on_host = tensors[0].device.type == "cpu" if tensors else "gloo" in dist.get_backend(group)
+            if not on_host:
                 return wrapped(*args, **kwargs)
-            tensors = [value for value in (*args, *kwargs.values()) if hasattr(value, "nbytes")]
             begin = time.perf_counter()
             try:
                 return wrapped(*args, **kwargs)
             finally:
-                ledger.note("collective", backend="gloo", group=_group_name(group), kind=kind,
-                            bytes=sum(tensor.nbytes for tensor in tensors), host_us=(time.perf_counter() - begin) * 1e6)  # fmt: skip
+                ledger.note(
+                    "collective",
+                    backend="gloo",
+                    group=_group_name(group),
+                    kind=kind,
+                    bytes=sum(tensor.nbytes for tensor in tensors),
+                    host_us=(time.perf_counter() - begin) * 1e6,
+                )
 
         return call
 
     for kind in GLOO_KINDS:
         wrapt.wrap_function_wrapper(dist, kind, observed(kind))
-
-
-def _backend(group: Any) -> str:
-    """The backend's name; a stateless group (vLLM's DP vote) is not in torch's registry and tells its own."""
-    import torch
-    import torch.distributed as dist
-
-    try:
-        return str(dist.get_backend(group))
-    except ValueError:
-        return str(group._get_backend(torch.device("cpu")).name())
