@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`examples/demo.py` as `make demo` runs it: a prefill/decode pair over HTTP, stock against overlay."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import demo
+import psutil
+import pytest
+
+
+@pytest.mark.timeout(900)
+def test_the_demo_shows_what_it_promises(tmp_path: Path) -> None:
+    segments = set(os.listdir("/dev/shm"))
+    output = tmp_path / "demo"
+    command = [sys.executable, demo.__file__, "--output", str(output)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
+        text, _ = run.communicate()
+    assert run.returncode == 0, text
+
+    report = json.loads((output / "report.json").read_text())
+    assert report["stock_version"] == "0.11.0"
+    assert report["requests"] >= 16
+    assert report["tokens_equal"] is True
+    assert report["dp_collectives_per_decode_step"]["stock"] >= 1
+    assert report["dp_collectives_per_decode_step"]["overlay"] == 0
+    assert report["sync_host_us_per_step"]["stock"] > report["sync_host_us_per_step"]["overlay"] == 0
+    assert report["ep_bs_ragged_steps"] > 0
+    for figure in ("padded_token_share", "tpot_ms"):
+        assert set(report[figure]) == {"stock", "overlay"}
+
+    log = (output / "overlay" / "node.log").read_text(errors="replace")
+    for rank in range(demo.DP_SIZE):
+        assert f"DSP000 skip: no DP metadata all_reduce on rank {rank};" in log
+    assert "dp_sync_patch" not in (output / "stock" / "node.log").read_text(errors="replace").split("KV", 1)[0]
+
+    left = [p.pid for p in psutil.process_iter(["cmdline"]) if str(output) in " ".join(p.info["cmdline"] or [])]
+    assert left == []
+    assert set(os.listdir("/dev/shm")) <= segments

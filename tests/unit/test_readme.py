@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""README and code say the same: reason codes, settings, patched objects."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from dp_sync_patch import settings
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+SOURCES = {path: path.read_text() for path in sorted((ROOT / "dp_sync_patch").rglob("*.py"))}
+
+
+def test_every_reason_code_is_listed_once() -> None:
+    listed = re.findall(r"^\| (DSP\d{3}) \|", README, flags=re.MULTILINE)
+    used = {code for text in SOURCES.values() for code in re.findall(r"DSP\d{3}", text)}
+    assert listed == sorted(set(listed))
+    assert set(listed) == used
+
+
+def test_every_setting_is_listed_with_its_default() -> None:
+    rows = re.findall(r"^\| `DP_SYNC_PATCH_(\w+)` \| [^|]+ \| `([^`]+)` \|", README, flags=re.MULTILINE)
+    defaults = settings.Settings().values()
+    assert {name.lower(): default for name, default in rows} == {
+        name: f"{value:g}" if isinstance(value, float) else value for name, value in defaults.items()
+    }
+
+
+def test_every_patched_object_is_listed() -> None:
+    pattern = re.compile(r'^        name="(\w+\.\w+)"', re.MULTILINE)
+    names = {name for text in SOURCES.values() for name in pattern.findall(text)}
+    assert len(names) >= 9
+    section = README.split("## What is patched")[1].split("\n## ")[0]
+    for name in names:
+        owner, method = name.split(".")
+        assert f"`{name}`" in section or (f"`{owner}." in section and f"`.{method}`" in section), name
