@@ -8,7 +8,7 @@ import random
 from itertools import zip_longest
 
 import pytest
-from decode_node import Prompt, Served, serve
+from serve_node import Prompt, Served, serve
 from toy_deepseek import LAYERS, VOCAB, write_toy_deepseek
 
 DRAFTS = 3

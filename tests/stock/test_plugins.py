@@ -1,68 +1,62 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VLLM_PLUGINS in real processes: an Ascend platform with the Ascend connectors, never a quiet start without them."""
+"""VLLM_PLUGINS in real processes: vLLM's own loader, stock 0.11.0, the overlay's two entry points."""
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+import os
+import tomllib
+from pathlib import Path
 
 import pytest
-from fresh import run
+from fresh import PROJECT, run
 
-CODE = """
-import json
+pytestmark = pytest.mark.timeout(300)
+
+_LOAD = """
+import json, sys
 from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
 load_general_plugins()
-load_general_plugins()
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
-from vllm.model_executor.models.registry import ModelRegistry
-import sys
-overlay = sys.modules.get("dp_sync_patch")
-print(json.dumps({
-    "platform": f"{type(current_platform).__module__}.{type(current_platform).__name__}",
-    "connectors": sorted(name for name in KVConnectorFactory._registry if name.startswith(("Mooncake", "LLMDataDist"))),
-    "model": "Qwen3NextForCausalLM" in ModelRegistry.models
-    and "vllm_ascend" in ModelRegistry.models["Qwen3NextForCausalLM"].module_name,
-    "overlay": overlay is not None and overlay.status()["units"]["worker"],
-}))
+print(json.dumps({"platform": type(current_platform).__name__, "device": current_platform.device_type,
+                  "connector": "MooncakeConnectorV1" in KVConnectorFactory._registry,
+                  "loaded": "dp_sync_patch" in sys.modules}))
 """
-VALUES = {
-    "unset": None,
-    "alone": "dp_sync_patch",
-    "explicit": "ascend,ascend_kv_connector,ascend_enhanced_model,dp_sync_patch",
-    "with the platform only": "ascend,dp_sync_patch",
-    "blank after the comma": "dp_sync_patch, ascend",
-    "stock alone": "ascend,ascend_kv_connector,ascend_enhanced_model",
-    "empty": "",
-}
 
 
-@pytest.fixture(scope="module")
-def processes() -> dict[str, tuple[Any, str]]:
-    """One fresh process per value, two at a time."""
-
-    def start(value: str | None) -> tuple[Any, str]:
-        return run(CODE, **({} if value is None else {"VLLM_PLUGINS": value}))
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(VALUES, pool.map(start, VALUES.values()), strict=True))
-
-
-@pytest.mark.parametrize("name", ["unset", "alone", "explicit", "with the platform only", "blank after the comma"])
-def test_an_ascend_node_with_its_connectors(processes: dict[str, tuple[Any, str]], name: str) -> None:
-    found, log = processes[name]
-    expected, _ = processes["stock alone"]
-    assert found["platform"] == "vllm_ascend.platform.NPUPlatform"
-    assert found["connectors"] == expected["connectors"]
-    assert found["connectors"]
-    assert found["model"] is True
-    assert found["overlay"] == "waiting for vllm_ascend.worker.model_runner_v1"
-    assert ("DSP412" in log) is (name == "blank after the comma")
+@pytest.fixture
+def site(tmp_path: Path) -> str:
+    """The overlay's metadata as an installed distribution has it, also where the project is not installed."""
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    info = tmp_path / f"dp_sync_patch-{project['version']}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: dp_sync_patch\nVersion: {project['version']}\n")
+    lines: list[str] = []
+    for group, names in project["entry-points"].items():
+        lines += [f"[{group}]", *(f"{name} = {value}" for name, value in names.items())]
+    (info / "entry_points.txt").write_text("\n".join(lines))
+    return os.pathsep.join([str(tmp_path), str(PROJECT)])
 
 
-def test_left_out_means_left_out(processes: dict[str, tuple[Any, str]]) -> None:
-    assert processes["stock alone"][0]["overlay"] is False
-    found, _ = processes["empty"]
-    assert found["overlay"] is False
-    assert found["platform"] == "vllm.platforms.interface.UnspecifiedPlatform"
+@pytest.mark.parametrize(
+    ("plugins", "npu", "overlay"),
+    [
+        (None, True, True),
+        ("dp_sync_patch", True, True),
+        ("ascend,dp_sync_patch", True, True),
+        ("ascend,ascend_kv_connector,ascend_enhanced_model,dp_sync_patch", True, True),
+        ("dp_sync_patch, ascend", True, True),
+        ("ascend,ascend_kv_connector,ascend_enhanced_model", True, False),
+        ("", False, False),
+    ],
+)
+def test_vllm_plugins(site: str, plugins: str | None, npu: bool, overlay: bool) -> None:
+    environ = {"PYTHONPATH": site} | ({} if plugins is None else {"VLLM_PLUGINS": plugins})
+    found, log = run(_LOAD, **environ)
+    assert found["platform"] == ("NPUPlatform" if npu else "UnspecifiedPlatform")
+    assert found["device"] == ("npu" if npu else "")
+    assert found["connector"] is npu
+    assert found["loaded"] is overlay
+    assert ("DSP412" in log) is (plugins == "dp_sync_patch, ascend")
+    if overlay and plugins is not None and "ascend_kv_connector" not in plugins:
+        assert "loaded the plugins of vllm-ascend that VLLM_PLUGINS left out" in log

@@ -27,7 +27,7 @@ $(BUILD)/%.o: $(CANN)%.cpp
 check-sanitized: $(BUILD)/libvirtual_comm.so
 	LD_PRELOAD="$(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 VIRTUAL_NPU_TEST_LIBRARY=$(abspath $<) $(PYTHON) -m pytest -q \
-	    tests/test_settings.py tests/test_hccl.py tests/test_mc2.py
+	    tests/test_npu_settings.py tests/test_hccl.py tests/test_mc2.py
 .PHONY: check-sanitized
 
 -include $(COMM_OBJECTS:.o=.d)

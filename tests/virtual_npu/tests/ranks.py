@@ -314,11 +314,13 @@ def run_ranks(
     *,
     env: dict[str, str] | None = None,
     rank_env: dict[int, dict[str, str]] | None = None,
-    start: str = "fork",
+    start: str = "forkserver",
     limit: float = 60,
 ) -> list[RankResult]:
     """Runs `function` ("module:name", called with a World and args) in `size` processes, at most `limit` seconds."""
+    # Not forked from the test runner by default: once that has imported torch, its settings are latched.
     context = multiprocessing.get_context(start)
+    multiprocessing.set_forkserver_preload(["numpy"])
     base = {"VIRTUAL_NPU_TIMEOUT_S": "20", **(env or {})}
     processes, pipes = [], []
     for rank in range(size):

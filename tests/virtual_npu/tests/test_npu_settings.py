@@ -36,14 +36,14 @@ def make_root(world: World) -> int:
     ],
 )
 def test_bad_value(launch, variable: str, value: str, allowed: str) -> None:
-    (result,) = launch(1, "test_settings:make_root", env={variable: value})
+    (result,) = launch(1, "test_npu_settings:make_root", env={variable: value})
     assert result.value not in (0, None)
     assert f"{variable}='{value}' is not valid: it must be {allowed}" in result.stderr
 
 
 @pytest.mark.timeout(60)
 def test_missing_ledger_directory(launch, tmp_path: Path) -> None:
-    (result,) = launch(1, "test_settings:make_root", env={"VIRTUAL_NPU_LEDGER_DIR": str(tmp_path / "none")})
+    (result,) = launch(1, "test_npu_settings:make_root", env={"VIRTUAL_NPU_LEDGER_DIR": str(tmp_path / "none")})
     assert result.value not in (0, None)
     assert "a directory that exists and can be written" in result.stderr
 
@@ -51,7 +51,7 @@ def test_missing_ledger_directory(launch, tmp_path: Path) -> None:
 @pytest.mark.timeout(60)
 def test_good_values(launch) -> None:
     env = {"VIRTUAL_NPU_SOC": "Ascend910B1", "VIRTUAL_NPU_DEVICES": "16", "VIRTUAL_NPU_TIMEOUT_S": "0.5"}
-    (result,) = launch(1, "test_settings:make_root", env=env)
+    (result,) = launch(1, "test_npu_settings:make_root", env=env)
     assert result.value == 0
     assert result.stderr == ""
 
@@ -62,7 +62,7 @@ def window_of_sixteen_ranks(world: World) -> None:
 
 @pytest.mark.timeout(60)
 def test_window_too_small_for_the_group(launch) -> None:
-    (result,) = launch(1, "test_settings:window_of_sixteen_ranks", env={"VIRTUAL_NPU_WINDOW_MB": "1"})
+    (result,) = launch(1, "test_npu_settings:window_of_sixteen_ranks", env={"VIRTUAL_NPU_WINDOW_MB": "1"})
     result.failed_with(MEMORY, "VIRTUAL_NPU_WINDOW_MB=1 is too small for 100001 ranks")
 
 
@@ -76,7 +76,7 @@ def join_with_file_limit(world: World) -> None:
 @pytest.mark.timeout(60)
 def test_too_little_shared_memory(launch) -> None:
     """The system refuses to make the segment as large as it must be: the error names need and value."""
-    (result,) = launch(1, "test_settings:join_with_file_limit", env={"VIRTUAL_NPU_WINDOW_MB": "8"})
+    (result,) = launch(1, "test_npu_settings:join_with_file_limit", env={"VIRTUAL_NPU_WINDOW_MB": "8"})
     result.failed_with(MEMORY, "too little shared memory", "8.0 MB", "VIRTUAL_NPU_WINDOW_MB=8", "File too large")
 
 
@@ -89,5 +89,5 @@ def fill_window(world: World) -> None:
 @pytest.mark.timeout(60)
 def test_shared_memory_runs_out_later(launch) -> None:
     """Pages are reserved when they are needed: running out is an error of that call, not a SIGBUS."""
-    (result,) = launch(1, "test_settings:fill_window", env={"VIRTUAL_NPU_WINDOW_MB": "200000"})
+    (result,) = launch(1, "test_npu_settings:fill_window", env={"VIRTUAL_NPU_WINDOW_MB": "200000"})
     result.failed_with(MEMORY, "too little shared memory: rank 0 of communicator", "needs 38147", "MB are available")

@@ -1,0 +1,600 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs inside fresh processes: real stock 0.11.0 objects, with the overlay's wrappers called the way stock calls them.
+
+Each function returns JSON values; the assertions are in test_behaviour.py. Objects whose constructors want a device or
+a process group are made with `object.__new__` and given exactly the attributes that the stock code under test reads.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import dp_sync_patch
+import dp_sync_patch.runtime as runtime
+from dp_sync_patch.errors import DpSyncPatchError
+from dp_sync_patch.plan import Sizes, State, make_plan
+
+_MODEL = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "torch_dtype": "bfloat16",
+    "hidden_size": 1024,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 128,
+    "num_experts": 16,
+    "num_experts_per_tok": 8,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "vocab_size": 256,
+    "max_position_embeddings": 32768,
+}
+_DENSE = {
+    **{name: value for name, value in _MODEL.items() if "expert" not in name},
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+}
+
+
+def engine_config(folder: str, *, dense: bool = False, **changes: Any) -> Any:
+    """The VllmConfig that stock makes of a decode node's arguments, on the virtual NPU."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    model = Path(folder) / ("dense" if dense else "moe")
+    model.mkdir(exist_ok=True)
+    (model / "config.json").write_text(json.dumps(_DENSE if dense else _MODEL))
+    additional = {"recompute_scheduler_enable": True, **changes.pop("additional_config", {})}
+    arguments: dict[str, Any] = {
+        "model": str(model),
+        "skip_tokenizer_init": True,
+        "data_parallel_size": 4,
+        "enable_expert_parallel": True,
+        "enforce_eager": True,
+        "max_model_len": 32768,
+        "max_num_seqs": 16,
+        "max_num_batched_tokens": 4096,
+        "enable_prefix_caching": False,
+        "kv_transfer_config": {"kv_connector": "SharedStorageConnector", "kv_role": "kv_consumer"},
+        # Stock keeps the first AscendConfig of a process unless it is told otherwise.
+        "additional_config": {**additional, "refresh": True},
+    }
+    arguments.update(changes)
+    for name, value in list(arguments.items()):
+        if value is None:
+            del arguments[name]
+    if "kv_transfer_config" in arguments:
+        from vllm.config import KVTransferConfig
+
+        arguments["kv_transfer_config"] = KVTransferConfig(**arguments["kv_transfer_config"])
+    import vllm_ascend.utils
+
+    # Stock caches these per process as well.
+    vllm_ascend.utils._IS_MOE_MODEL = None
+    vllm_ascend.utils._ENABLE_SP = None
+    return EngineArgs(**arguments).create_engine_config()
+
+
+def decisions(folder: str) -> dict[str, Any]:
+    """What the overlay reads from the configuration of variants, and what it would do with each."""
+    import vllm.v1.engine.core  # noqa: F401  (arms the engine unit, as in every vLLM process)
+
+    graphs = {"enforce_eager": None}
+    variants: dict[str, dict[str, Any]] = {
+        "eager": {},
+        "decode_max_num_seqs": {"additional_config": {"ascend_scheduler_config": {"decode_max_num_seqs": 20}}},
+        "ascend_scheduler": {
+            "additional_config": {"ascend_scheduler_config": {"enabled": True}},
+            "max_num_batched_tokens": 32768,
+        },
+        "async_scheduling": {"async_scheduling": True},
+        "no_recompute": {"additional_config": {"recompute_scheduler_enable": False}, "max_num_batched_tokens": 16},
+        "unsplit_multimodal_input": {"disable_chunked_mm_input": True},
+        "producer": {"kv_transfer_config": {"kv_connector": "SharedStorageConnector", "kv_role": "kv_producer"}},
+        "both": {"kv_transfer_config": {"kv_connector": "SharedStorageConnector", "kv_role": "kv_both"}},
+        "no_kv_transfer": {"kv_transfer_config": None},
+        "no_expert_parallel": {"enable_expert_parallel": None},
+        "one_rank": {"data_parallel_size": 1},
+        "dense": {"dense": True, "enable_expert_parallel": None},
+        "piecewise": {**graphs, "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 40]}},
+        "piecewise_default": {**graphs},
+        "piecewise_short": {**graphs, "compilation_config": {"cudagraph_capture_sizes": [8, 4, 2, 1]}},
+        "full_decode_only": {**graphs, "compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY"}},
+        "lmhead_tp": {"additional_config": {"lmhead_tensor_parallel_size": 2}},
+        "shared_expert_dp": {"additional_config": {"enable_shared_expert_dp": True}},
+        "eplb": {"additional_config": {"dynamic_eplb": True}},
+    }
+    environments = {
+        "flashcomm1": {"VLLM_ASCEND_ENABLE_FLASHCOMM1": "1"},
+        "mlp_tp": {"VLLM_ASCEND_ENABLE_MLP_OPTIMIZE": "1"},
+        "dbo": {"VLLM_ASCEND_ENABLE_DBO": "1"},
+        "hierarchy": {"HCCL_INTRA_PCIE_ENABLE": "1", "HCCL_INTRA_ROCE_ENABLE": "0"},
+        "one_half_of_hierarchy": {"HCCL_INTRA_PCIE_ENABLE": "1"},
+        "small_window": {"HCCL_BUFFSIZE": "1"},
+    }
+    found: dict[str, Any] = {}
+
+    def record(name: str, **changes: Any) -> None:
+        config = engine_config(folder, **changes)
+        facts = runtime._read_facts(
+            config,
+            soc="A3",
+            mc2_tokens_capacity=_stock_capacity(config),
+            process_group_size=config.parallel_config.data_parallel_size,
+        )
+        plan = make_plan(facts)
+        clamp = runtime.engine_sizes(config)
+        found[name] = {
+            "facts": asdict(facts),
+            "state": plan.state.name,
+            "codes": [reason.code for reason in plan.reasons],
+            "bound": plan.sizes.bound,
+            "clamp": None if clamp is None else clamp.token_budget,
+        }
+
+    for name, changes in variants.items():
+        record(name, **changes)
+    for name, environ in environments.items():
+        os.environ.update(environ)
+        record(name)
+        for variable in environ:
+            del os.environ[variable]
+    return found
+
+
+def _stock_capacity(config: Any) -> int:
+    """mc2_tokens_capacity, worked out by stock's own method."""
+    from vllm_ascend.worker.model_runner_v1 import NPUModelRunner
+
+    runner = object.__new__(NPUModelRunner)
+    runner.compilation_config = config.compilation_config
+    runner.parallel_config = config.parallel_config
+    runner.model_config = config.model_config
+    runner.max_num_reqs = config.scheduler_config.max_num_seqs
+    runner.uniform_decode_query_len = 1
+    runner._init_mc2_tokens_capacity()
+    capacity: int = runner.mc2_tokens_capacity
+    return capacity
+
+
+def chunking(folder: str) -> dict[str, Any]:
+    """A 16000-token prompt through each known scheduler with the clamp in force: tokens of every step."""
+    from vllm import SamplingParams
+    from vllm.utils import resolve_obj_by_qualname
+    from vllm.v1.core.kv_cache_utils import init_none_hash
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+    from vllm.v1.request import Request
+    from vllm.v1.structured_output import StructuredOutputManager
+
+    from dp_sync_patch.patches.scheduler_bound import clamp_token_budget
+
+    init_none_hash(hash)
+    import torch
+
+    found: dict[str, Any] = {}
+    for name, changes in {
+        "recompute": {},
+        "vllm": {"additional_config": {"recompute_scheduler_enable": False}},
+        "async": {"additional_config": {"recompute_scheduler_enable": False}, "async_scheduling": True},
+        "ascend_chunked": {
+            "additional_config": {"ascend_scheduler_config": {"enabled": True, "enable_chunked_prefill": True}}
+        },
+    }.items():
+        config = engine_config(folder, **changes)
+        config.cache_config.num_gpu_blocks = 1000
+        alone = copy.copy(config)
+        alone.kv_transfer_config = None  # the prompt comes without remote KV, so no connector takes part
+        layers = KVCacheGroupSpec(["layer"], FullAttentionSpec(128, 1, 64, torch.bfloat16, False))
+        scheduler_cls = config.scheduler_config.scheduler_cls
+        scheduler = (resolve_obj_by_qualname(scheduler_cls) if isinstance(scheduler_cls, str) else scheduler_cls)(
+            alone, KVCacheConfig(1000, [], [layers]), StructuredOutputManager(alone)
+        )
+        before = scheduler.max_num_scheduled_tokens
+        engine = SimpleNamespace(vllm_config=config, scheduler=scheduler, dp_rank=0)
+        clamp_token_budget(lambda: None, engine, (), {})
+        clamped = scheduler.max_num_scheduled_tokens
+        # Without recompute the plan's budget is max_num_batched_tokens; the attribute has to work there as well.
+        scheduler.max_num_scheduled_tokens = 16
+        scheduler.add_request(Request("long", [1] * 16000, SamplingParams(max_tokens=1), None, None))
+        steps = []
+        while sum(steps) < 16000:
+            steps.append(scheduler.schedule().total_num_scheduled_tokens)
+            assert steps[-1] > 0, f"{name} does not go on after {sum(steps)} tokens"
+        found[name] = {
+            "scheduler": type(scheduler).__name__,
+            "before": before,
+            "clamped": clamped,
+            "largest": max(steps),
+            "total": sum(steps),
+        }
+    return found
+
+
+_SKIP = Sizes(token_budget=16, bound=16, tokens_per_rank=16, global_bs=64, capture_sizes=(), window_mb=0)
+
+
+def sync(folder: str) -> dict[str, Any]:
+    """Stock's sync function through the wrapper, and vLLM's own assertion on what it returns."""
+    import torch
+    import vllm_ascend.ops  # noqa: F401
+    from vllm.forward_context import DPMetadata
+    from vllm_ascend.worker.model_runner_v1 import NPUModelRunner
+
+    config = engine_config(folder)
+    config.parallel_config.data_parallel_rank = 1
+    runner = object.__new__(NPUModelRunner)
+    runner.dp_size, runner.dp_rank = 4, 1
+    runner.in_profile_run = False
+    runner.use_aclgraph = False
+    runner.vllm_config = config
+
+    runtime.skip_sizes = _SKIP
+    first = runner._sync_metadata_across_dp(3, False, False)
+    second = runner._sync_metadata_across_dp(num_tokens=3, with_prefill=True, enable_dbo=False)
+    counts = first[1]
+    metadata = DPMetadata.make(config.parallel_config, None, 3, counts)
+    # Stock code may write into the tensor; that must not reach a later step.
+    counts.fill_(99)
+    third = runner._sync_metadata_across_dp(3, False, False)
+
+    graph_config = engine_config(
+        folder, enforce_eager=None, compilation_config={"cudagraph_capture_sizes": [2, 8, 16]}
+    )
+    runner.vllm_config, runner.use_aclgraph = graph_config, True
+    runner.aclgraph_batch_sizes = list(reversed(graph_config.compilation_config.cudagraph_capture_sizes))
+    padded = [runner._sync_metadata_across_dp(n, False, False)[0] for n in (1, 2, 3, 16, 17)]
+
+    runtime.skip_sizes = None
+    runner.dp_size = 1
+    alone = runner._sync_metadata_across_dp(3, True, False)
+    runner.dp_size = 4
+    reached_stock = _reaches_stock(lambda: runner._sync_metadata_across_dp(3, True, False))
+    runtime.skip_sizes = _SKIP
+    runner.in_profile_run = True
+    profile_reaches_stock = _reaches_stock(lambda: runner._sync_metadata_across_dp(3, True, False))
+    return {
+        "first": [first[0], first[2], first[3]],
+        "second": [second[0], second[2], second[3]],
+        "dtype": str(counts.dtype),
+        "device": str(counts.device),
+        "shape": list(counts.shape),
+        "is_tensor": isinstance(counts, torch.Tensor),
+        "max": int(metadata.max_tokens_across_dp_cpu),
+        "fresh": third[1].tolist(),
+        "padded": padded,
+        "alone": list(alone),
+        "reached_stock": reached_stock,
+        "profile_reaches_stock": profile_reaches_stock,
+    }
+
+
+def _reaches_stock(call: Any) -> bool:
+    """Whether stock's own all_reduce is asked for its group, which this process does not have."""
+    try:
+        call()
+    except AssertionError as error:
+        return "data parallel group is not initialized" in str(error)
+    return False
+
+
+def selector(folder: str) -> dict[str, Any]:
+    """Stock's choice with and without the skip, inside and outside a profile run."""
+    import vllm_ascend.ops
+    import vllm_ascend.utils
+    from vllm_ascend.worker.model_runner_v1 import NPUModelRunner
+
+    vllm_ascend.utils.init_ascend_soc_version()
+    runner = object.__new__(NPUModelRunner)
+    runner.vllm_config = engine_config(folder)
+    runner.parallel_config = runner.vllm_config.parallel_config
+    runner.dp_rank = 2
+    runner.in_profile_run = False
+    runner.mc2_tokens_capacity = 16
+    found: dict[str, Any] = {"stock": [runner._select_moe_comm_method(n, False).name for n in (16, 17)]}
+    runtime.skip_sizes = _SKIP
+    found["skip"] = runner._select_moe_comm_method(16, True).name
+    for name, call in {
+        "positional": lambda: runner._select_moe_comm_method(17, False),
+        "keyword": lambda: runner._select_moe_comm_method(num_tokens=17, with_prefill=False),
+    }.items():
+        try:
+            call()
+        except DpSyncPatchError as error:
+            found[name] = [type(error).__name__, str(error)]
+    runner.in_profile_run = True
+    found["profile"] = runner._select_moe_comm_method(17, True).name
+    return found
+
+
+def operator_arguments(folder: str) -> dict[str, Any]:
+    """Arguments of dispatch and combine as stock builds them, with and without the skip."""
+    import torch
+    import vllm_ascend.ops
+    import vllm_ascend.worker.model_runner_v1  # noqa: F401
+    from vllm_ascend.ops.moe.token_dispatcher import TokenDispatcherWithMC2
+
+    def arguments(rows: int) -> dict[str, Any]:
+        dispatcher = object.__new__(TokenDispatcherWithMC2)
+        dispatcher.__dict__.update(
+            with_quant=False,
+            moe_all_to_all_group_name="group",
+            ep_world_size=4,
+            ep_rank_id=1,
+            need_extra_args=True,
+            a3_need_extra_args=True,
+            enable_dispatch_v2=True,
+            need_expert_scale=False,
+            mc2_mask=torch.ones(rows, dtype=torch.bool),
+            assist_info_for_combine=None,
+            ep_recv_counts=None,
+            expand_scales=None,
+            expert_map=torch.arange(16),
+            topk_ids=torch.zeros(rows, 8, dtype=torch.int32),
+            topk_weights=torch.ones(rows, 8),
+            output=[None] * 7,
+        )
+        hidden = torch.zeros(rows, 4)
+        both = {
+            "dispatch": dispatcher.get_dispatch_mc2_kwargs(
+                hidden, dispatcher.topk_weights, dispatcher.topk_ids, dispatcher.expert_map
+            ),
+            "combine": dispatcher.get_combine_mc_kwargs(hidden),
+        }
+        return {
+            kind: {"global_bs": given["global_bs"], "mask": "x_active_mask" in given, "names": sorted(given)}
+            for kind, given in both.items()
+        }
+
+    found: dict[str, Any] = {"stock": arguments(3)}
+    runtime.skip_sizes = _SKIP
+    found["skip"] = arguments(3)
+    found["largest"] = arguments(16)
+    try:
+        arguments(17)
+    except DpSyncPatchError as error:
+        found["too_many"] = [type(error).__name__, str(error)]
+    return found
+
+
+def forced_load_balance(folder: str) -> dict[str, Any]:
+    """What reaches the dispatch operator in a profile run: stock's draws, and the overlay's."""
+    import torch
+    import vllm_ascend.ops
+    import vllm_ascend.worker.model_runner_v1  # noqa: F401
+    from vllm.forward_context import ForwardContext, override_forward_context
+    from vllm_ascend.ops.common_fused_moe import AscendUnquantizedFusedMoEMethod
+    from vllm_ascend.ops.moe.token_dispatcher import TokenDispatcherWithMC2
+
+    engine_config(folder)  # stock's layers read the AscendConfig of the process
+    rows, top_k, experts = 64, 8, 16
+
+    class Recorded(Exception):
+        """Carries the ids that the dispatch operator would get."""
+
+    class Dispatcher(TokenDispatcherWithMC2):
+        def __init__(self) -> None:
+            """No process group here: nothing is sent."""
+
+        def get_dispatch_mc2_kwargs(self, hidden_states: Any, weights: Any, ids: Any, *args: Any) -> Any:
+            raise Recorded(ids)
+
+    class Method:
+        """The forward context's communication method, reduced to what stock's fused_experts hands on."""
+
+        def fused_experts(self, **given: Any) -> Any:
+            return Dispatcher().token_dispatch(
+                hidden_states=given["hidden_states"],
+                topk_weights=given["topk_weights"],
+                topk_ids=given["topk_ids"],
+                expert_map=given["expert_map"],
+            )
+
+    def draw(seed: int, in_profile_run: bool) -> Any:
+        torch.manual_seed(seed)
+        moe = object.__new__(AscendUnquantizedFusedMoEMethod)
+        moe.__dict__["dynamic_eplb"] = False
+        context = ForwardContext({}, {}, 0)
+        context.moe_comm_method = Method()
+        context.in_profile_run = in_profile_run
+        context.weight_prefetch_method = None
+        with override_forward_context(context):
+            try:
+                moe.apply(
+                    layer=SimpleNamespace(w13_weight=None, w2_weight=None),
+                    x=torch.zeros(rows, 4),
+                    use_grouped_topk=False,
+                    top_k=top_k,
+                    router_logits=torch.arange(experts, 0, -1.0).repeat(rows, 1),
+                    renormalize=True,
+                    # The plain routing of the native path; the fused one is an NPU operator.
+                    custom_routing_function=_top_k_routing,
+                    global_num_experts=experts,
+                    expert_map=torch.arange(experts),
+                    enable_force_load_balance=in_profile_run,
+                )
+            except Recorded as recorded:
+                return recorded.args[0]
+        raise AssertionError("nothing was dispatched")
+
+    def figures(in_profile_run: bool) -> dict[str, Any]:
+        draws = [draw(seed, in_profile_run) for seed in range(10)]
+        distinct = [len(set(row)) for ids in draws for row in ids.tolist()]
+        values = torch.cat(draws)
+        return {
+            "rows_with_repeats": sum(count < top_k for count in distinct),
+            "shape": list(draws[0].shape),
+            "dtype": str(draws[0].dtype),
+            "range": [int(values.min()), int(values.max())],
+            "per_expert": torch.bincount(values.flatten().long(), minlength=experts).tolist(),
+            "first_row": draws[0][0].tolist(),
+        }
+
+    found: dict[str, Any] = {"stock": figures(True)}
+    runtime.skip_sizes = _SKIP
+    found["skip"] = figures(True)
+    found["outside_profile"] = figures(False)
+    return found
+
+
+def _top_k_routing(hidden_states: Any, gating_output: Any, topk: int, renormalize: bool, **_: Any) -> Any:
+    import torch
+
+    weights, ids = torch.topk(gating_output.softmax(-1), topk, dim=-1)
+    return weights, ids.to(torch.int32)
+
+
+def draft_passes() -> dict[str, Any]:
+    """MTP draft forwards of a rank with prefill, of a decoding one, and of an idle one; k = 3."""
+    import vllm_ascend.ops
+    import vllm_ascend.worker.model_runner_v1  # noqa: F401
+    from vllm_ascend.spec_decode.mtp_proposer import MtpProposer
+
+    from dp_sync_patch.patches.metadata_sync import level_draft_passes
+
+    class Proposer(MtpProposer):
+        """Counts forwards where stock's loops would run the model."""
+
+        def __init__(self, with_prefill: bool) -> None:
+            self.num_speculative_tokens = 3
+            self.forwards: list[str] = []
+            self.runner = SimpleNamespace(
+                with_prefill=with_prefill,
+                use_aclgraph=False,
+                dp_size=4,
+                decode_token_per_req=4,
+                aclgraph_dispatcher=SimpleNamespace(dispatch=lambda descriptor: ("NONE", None)),
+            )
+
+        def dummy_run(self, num_tokens: int, **given: Any) -> None:
+            assert given["with_prefill"] is False
+            assert given["skip_attn"] is True
+            self.forwards += [f"dummy of {num_tokens}"] * self.num_speculative_tokens
+
+        def stock_propose(self) -> str:
+            # Stock leaves its loop after the first pass of a batch with prefill.
+            self.forwards += ["draft"] * (1 if self.runner.with_prefill else self.num_speculative_tokens)
+            return "drafts"
+
+    def forwards(with_prefill: bool) -> list[str]:
+        proposer = Proposer(with_prefill)
+        assert level_draft_passes(proposer.stock_propose, proposer, (), {}) == "drafts"
+        assert proposer.num_speculative_tokens == 3
+        return proposer.forwards
+
+    found = {"stock": forwards(True)}
+    runtime.skip_sizes = _SKIP
+    found["prefill"] = forwards(True)
+    found["decode"] = forwards(False)
+    return found
+
+
+def latching(folder: str) -> dict[str, Any]:
+    """Both rounds with a real one-process store, capture sizes above the bound, and what is refused afterwards."""
+    import vllm_ascend.ops
+    import vllm_ascend.utils
+    from torch.distributed import HashStore
+    from vllm_ascend.worker.model_runner_v1 import NPUModelRunner
+
+    vllm_ascend.utils.init_ascend_soc_version()
+    # A node of one process that counts as four ranks: the rank-0 side of the agreement, with the other records written
+    # by this test as an equal rank would write them.
+    store = HashStore()
+    runtime._store = lambda: store
+    runtime._process_group = lambda: (0, 4)
+
+    def runner_for(config: Any) -> Any:
+        runner = object.__new__(NPUModelRunner)
+        runner.vllm_config = config
+        runner.compilation_config = config.compilation_config
+        runner.mc2_tokens_capacity = _stock_capacity(config)
+        runner.aclgraph_batch_sizes = list(reversed(config.compilation_config.cudagraph_capture_sizes))
+        return runner
+
+    def publish_peers(round_name: str, record: dict[str, Any]) -> None:
+        for rank in (1, 2, 3):
+            store.set(f"dp_sync_patch/{round_name}/rank/{rank}", json.dumps(record, sort_keys=True))
+
+    def record_of(runner: Any, extra: dict[str, Any], capacity: int) -> dict[str, Any]:
+        configured = runtime.settings.load(runner.vllm_config.additional_config)
+        facts = runtime._read_worker_facts(runner, capacity, 4)
+        return {**extra, **runtime._record(configured, facts, make_plan(facts))}
+
+    config = engine_config(
+        folder,
+        enforce_eager=None,
+        compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 24, 40]},
+        additional_config={"dp_sync_patch": {"agreement_timeout_s": 5}},
+    )
+    runner = runner_for(config)
+    stock_capacity = runner.mc2_tokens_capacity
+    publish_peers("start", record_of(runner, {}, stock_capacity))
+    runtime.latch(runner)
+    found: dict[str, Any] = {
+        "status": dp_sync_patch.status(),
+        "stock_capacity": stock_capacity,
+        "capacity": runner.mc2_tokens_capacity,
+        "captures": list(config.compilation_config.cudagraph_capture_sizes),
+        "batch_sizes": list(runner.aclgraph_batch_sizes),
+        "padded": [config.pad_for_cudagraph(n) for n in (1, 3, 16)],
+    }
+    publish_peers("kv-cache", record_of(runner, {"moved": ""}, stock_capacity))
+    runtime.confirm(runner)
+    found["confirmed"] = True
+    runtime.latch(runner)  # a second load_model of the same runner keeps the verdict
+    found["undo"] = _error_of(dp_sync_patch.uninstall)
+    other = engine_config(folder, max_num_seqs=8)
+    found["another_runner"] = _error_of(lambda: runtime.latch(runner_for(other)))
+
+    # The same round again, after something moved on this rank.
+    store.delete_key("dp_sync_patch/kv-cache/verdict")
+    runner.mc2_tokens_capacity = stock_capacity
+    found["moved"] = _error_of(lambda: runtime.confirm(runner))
+    return found
+
+
+def refusing(folder: str) -> dict[str, Any]:
+    """A latch that ends in `sync`: log lines, and `require`."""
+    import vllm_ascend.ops
+    import vllm_ascend.utils
+    from torch.distributed import HashStore
+    from vllm_ascend.worker.model_runner_v1 import NPUModelRunner
+
+    vllm_ascend.utils.init_ascend_soc_version()
+    runtime._store = HashStore
+    runtime._process_group = lambda: (0, 4)
+
+    def latch(**changes: Any) -> Any:
+        runtime._latched = None
+        config = engine_config(folder, **changes)
+        runner = object.__new__(NPUModelRunner)
+        runner.vllm_config = config
+        runner.mc2_tokens_capacity = _stock_capacity(config)
+        error = _error_of(lambda: runtime.latch(runner))
+        assert runtime.skip_sizes is None
+        return {"error": error, "state": dp_sync_patch.status()["state"], "reasons": dp_sync_patch.status()["reasons"]}
+
+    short = {"agreement_timeout_s": 0.2}
+    return {
+        "missing_peers": latch(additional_config={"dp_sync_patch": short}),
+        "require": latch(additional_config={"dp_sync_patch": {**short, "mode": "require"}}),
+        "off": latch(additional_config={"dp_sync_patch": {**short, "mode": "off"}}),
+        "one_rank": latch(data_parallel_size=1),
+        "unknown_key": latch(additional_config={"dp_sync_patch": {"modus": "auto"}}),
+        "state": State.SYNC.name,
+    }
+
+
+def _error_of(call: Any) -> str:
+    try:
+        call()
+    except DpSyncPatchError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""

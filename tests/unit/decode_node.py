@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Facts of a decode node that may skip; tests change one thing at a time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from dp_sync_patch.facts import Facts
+
+_DECODE_NODE = Facts(
+    stock_version="0.11.0",
+    is_moe=True,
+    model_type="qwen3_moe",
+    model_without_mc2=False,
+    data_parallel_size=4,
+    tensor_parallel_size=1,
+    pipeline_parallel_size=1,
+    decode_context_parallel_size=1,
+    process_group_size=4,
+    executor_backend="mp",
+    elastic_ep=False,
+    enable_expert_parallel=True,
+    worker_cls="vllm_ascend.worker.worker_v1.NPUWorker",
+    worker_cls_known=True,
+    soc="A3",
+    mc2_tokens_capacity=32,
+    hidden_size=1024,
+    num_experts=64,
+    experts_per_token=8,
+    hccl_buffsize_mb=200,
+    hierarchy=False,
+    kv_role="kv_consumer",
+    scheduler_cls="vllm_ascend.core.recompute_scheduler.RecomputeScheduler",
+    scheduler_known=True,
+    recompute_requested=True,
+    recompute_in_effect=True,
+    splits_prompts=True,
+    max_num_batched_tokens=4096,
+    max_num_seqs=32,
+    decode_max_num_seqs=0,
+    num_speculative_tokens=0,
+    speculative_method=None,
+    speculative_method_known=True,
+    graph_mode="NONE",
+    separate_routines=False,
+    capture_sizes=(),
+    compile_sizes=(),
+    lmhead_tensor_parallel_size=1,
+    oproj_tensor_parallel_size=1,
+    mlp_tensor_parallel=False,
+    sequence_parallel=False,
+    shared_expert_dp=False,
+    dbo=False,
+    eplb=False,
+    lora=False,
+)
+
+
+def decode_node(**changes: Any) -> Facts:
+    """The base case with changes. The process group follows the parallel sizes unless it is given."""
+    facts = replace(_DECODE_NODE, **changes)
+    if "process_group_size" not in changes:
+        facts = replace(facts, process_group_size=facts.ep_world_size * facts.pipeline_parallel_size)
+    return facts
+
+
+def graph_node(captures: list[int], **changes: Any) -> Facts:
+    """A decode node with PIECEWISE graphs, and the capacity that stock derives from them."""
+    tp = changes.get("tensor_parallel_size", 1)
+    capacity = -(-max(captures) // tp) * tp
+    defaults = {"graph_mode": "PIECEWISE", "capture_sizes": tuple(sorted(captures)), "mc2_tokens_capacity": capacity}
+    return decode_node(**{**defaults, **changes})
+
+
+def stock_selects_mc2(facts: Facts, num_tokens: int, capacity: int) -> bool:
+    """Stock's choice for one step, written down from its rules: MC2 or anything else."""
+    if not facts.enable_expert_parallel or facts.model_without_mc2 or num_tokens > capacity:
+        return False
+    return facts.soc == "A3" or (facts.soc == "A2" and facts.ep_world_size * facts.pipeline_parallel_size >= 16)

@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decision: every rule by itself, the field cases, and what must hold for any configuration."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from decode_node import decode_node, graph_node, stock_selects_mc2
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dp_sync_patch.facts import Facts
+from dp_sync_patch.plan import OPERATOR_LIMIT, RULES, Refusal, State, compute_sizes, concerns, make_plan
+
+# One change per rule that breaks this rule and no other one.
+BREAKS: dict[str, Facts] = {
+    "DSP001": decode_node(data_parallel_size=1),
+    "DSP002": decode_node(is_moe=False),
+    "DSP003": decode_node(executor_backend="external_launcher"),
+    "DSP004": decode_node(elastic_ep=True),
+    "DSP101": decode_node(enable_expert_parallel=False),
+    "DSP102": decode_node(kv_role="kv_both"),
+    "DSP103": decode_node(soc="UNDEFINED"),
+    "DSP104": decode_node(mc2_tokens_capacity=31),
+    "DSP105": decode_node(max_num_seqs=513, mc2_tokens_capacity=513, hccl_buffsize_mb=4096),
+    "DSP106": decode_node(hccl_buffsize_mb=4),
+    "DSP107": decode_node(soc="A2"),
+    "DSP108": decode_node(experts_per_token=0),
+    "DSP109": decode_node(num_experts=62),
+    "DSP110": decode_node(hierarchy=True),
+    "DSP111": decode_node(model_without_mc2=True),
+    "DSP112": decode_node(compile_sizes=(8, 33)),
+    "DSP120": decode_node(scheduler_known=False),
+    "DSP121": decode_node(splits_prompts=False),
+    "DSP122": graph_node([16, 32], separate_routines=True, graph_mode="FULL_DECODE_ONLY"),
+    "DSP123": graph_node([10], tensor_parallel_size=4, max_num_seqs=11),
+    "DSP124": decode_node(process_group_size=2),
+    "DSP130": decode_node(worker_cls_known=False),
+    "DSP131": decode_node(shared_expert_dp=True),
+    "DSP132": decode_node(sequence_parallel=True),
+    "DSP133": decode_node(lmhead_tensor_parallel_size=2),
+    "DSP134": decode_node(oproj_tensor_parallel_size=2),
+    "DSP135": decode_node(mlp_tensor_parallel=True),
+    "DSP136": decode_node(dbo=True),
+    "DSP137": decode_node(eplb=True),
+    "DSP138": decode_node(lora=True),
+    "DSP139": decode_node(pipeline_parallel_size=2),
+    "DSP140": decode_node(decode_context_parallel_size=2),
+    "DSP141": decode_node(speculative_method="eagle3", num_speculative_tokens=1, speculative_method_known=False,
+                          max_num_seqs=16),
+}  # fmt: skip
+
+
+def codes(facts: Facts, **kwargs: Any) -> list[str]:
+    return [reason.code for reason in make_plan(facts, **kwargs).reasons]
+
+
+def test_the_base_case_skips() -> None:
+    plan = make_plan(decode_node())
+    assert plan.state is State.SKIP
+    assert plan.reasons == ()
+    assert (plan.sizes.token_budget, plan.sizes.bound, plan.sizes.global_bs) == (32, 32, 128)
+
+
+def test_every_rule_has_a_case() -> None:
+    assert sorted(BREAKS) == sorted(rule.code for rule in RULES)
+
+
+@pytest.mark.parametrize("code", sorted(BREAKS))
+def test_each_refusal_comes_from_exactly_one_condition(code: str) -> None:
+    plan = make_plan(BREAKS[code])
+    assert [reason.code for reason in plan.reasons] == [code]
+    assert plan.state is (State.OFF if code in ("DSP001", "DSP002", "DSP003", "DSP004") else State.SYNC)
+    (reason,) = plan.reasons
+    assert reason.sentence
+    assert reason.found
+    assert reason.needed
+    assert str(reason).startswith(f"{code} ")
+
+
+def test_codes_are_unique() -> None:
+    assert len({rule.code for rule in RULES}) == len(RULES)
+
+
+def test_nothing_to_agree_about_outside_our_business() -> None:
+    assert concerns(decode_node())
+    assert concerns(decode_node(lora=True))
+    assert not concerns(decode_node(data_parallel_size=1))
+    assert not concerns(decode_node(is_moe=False))
+
+
+def test_switched_off() -> None:
+    plan = make_plan(decode_node(), mode="off")
+    assert plan.state is State.OFF
+    assert [reason.code for reason in plan.reasons] == ["DSP005"]
+
+
+def test_a_refusal_from_outside_the_configuration_prevents_the_skip() -> None:
+    plan = make_plan(decode_node(), extra=[Refusal("DSP009", "replaced", "other", "ours", "")])
+    assert plan.state is State.SYNC
+    assert [reason.code for reason in plan.reasons] == ["DSP009"]
+
+
+# The numbers of public reports.
+
+
+def test_largest_graph_below_largest_batch() -> None:
+    recipe = {"num_speculative_tokens": 3, "speculative_method": "deepseek_mtp", "hccl_buffsize_mb": 1024}
+    refused = make_plan(graph_node([1, 2, 4, 8, 16, 32], **recipe))
+    (reason,) = refused.reasons
+    assert reason.code == "DSP104"
+    assert "128" in reason.found
+    assert "32" in reason.needed
+    allowed = make_plan(graph_node([1, 2, 4, 8, 16, 32, 64, 128], **recipe))
+    assert allowed.state is State.SKIP
+    assert allowed.sizes.global_bs == 512
+
+
+@pytest.mark.parametrize(
+    ("max_num_seqs", "captures", "state"),
+    [(12, [1, 2, 4, 8], State.SYNC), (20, [1, 2, 4, 8, 16], State.SYNC), (16, [1, 2, 4, 8, 16], State.SKIP)],
+)
+def test_max_num_seqs_off_the_capture_grid(max_num_seqs: int, captures: list[int], state: State) -> None:
+    plan = make_plan(graph_node(captures, max_num_seqs=max_num_seqs))
+    assert plan.state is state
+    if state is State.SYNC:
+        assert f"reaches {max_num_seqs}" in plan.reasons[0].flag
+
+
+def test_the_list_in_force_decides_not_the_requested_ceiling() -> None:
+    node = graph_node([8, 16, 24, 32, 40], max_num_seqs=6, num_speculative_tokens=6, speculative_method="deepseek_mtp")
+    assert codes(node) == ["DSP104"]
+
+
+@pytest.mark.parametrize(("tokens", "state"), [(255, State.SKIP), (256, State.SKIP), (257, State.SYNC)])
+def test_boundary_without_the_recompute_scheduler(tokens: int, state: State) -> None:
+    changes = {
+        "recompute_in_effect": False,
+        "recompute_requested": False,
+        "scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler",
+        "max_num_batched_tokens": tokens,
+        "hccl_buffsize_mb": 1024,
+    }
+    assert make_plan(graph_node([64, 128, 256], **changes)).state is state
+    assert make_plan(decode_node(mc2_tokens_capacity=256, **changes)).state is state
+
+
+def test_a_producer_gets_one_line() -> None:
+    node = decode_node(kv_role="kv_producer", mc2_tokens_capacity=1, lora=True)
+    assert codes(node) == ["DSP102"]
+
+
+@pytest.mark.parametrize(
+    ("soc", "tp", "per_dp_rank", "state"),
+    [
+        ("A2", 1, 256, State.SKIP),
+        ("A2", 1, 512, State.SYNC),
+        ("A2", 2, 512, State.SKIP),
+        ("A3", 1, 512, State.SKIP),
+        ("A3", 1, 520, State.SYNC),
+    ],
+)
+def test_operator_limit_per_card(soc: str, tp: int, per_dp_rank: int, state: State) -> None:
+    node = graph_node([per_dp_rank], soc=soc, tensor_parallel_size=tp, data_parallel_size=16, max_num_seqs=per_dp_rank,
+                      hccl_buffsize_mb=1 << 20)  # fmt: skip
+    plan = make_plan(node)
+    assert plan.state is state
+    if state is State.SYNC:
+        (reason,) = plan.reasons
+        assert reason.code == "DSP105"
+        assert str(per_dp_rank) in reason.found
+        assert str(OPERATOR_LIMIT[soc]) in reason.needed
+
+
+@pytest.mark.parametrize(
+    ("largest", "buffer_mb", "starts"),
+    [(16, 200, True), (26, 200, True), (27, 200, False), (128, 200, False), (27, 1024, True), (128, 1024, True)],
+)
+def test_hccl_window(largest: int, buffer_mb: int, starts: bool) -> None:
+    node = decode_node(
+        data_parallel_size=32,
+        hidden_size=7168,
+        num_experts=256,
+        experts_per_token=8,
+        max_num_seqs=largest,
+        mc2_tokens_capacity=largest,
+        hccl_buffsize_mb=buffer_mb,
+    )
+    assert codes(node) == ([] if starts else ["DSP106"])
+
+
+def test_hccl_window_of_the_worked_example() -> None:
+    node = decode_node(data_parallel_size=32, hidden_size=7168, num_experts=256, max_num_seqs=128)
+    assert compute_sizes(node).window_mb == 960
+
+
+def test_odd_sizes_under_tp() -> None:
+    node = graph_node([1, 2, 4, 10], tensor_parallel_size=4, data_parallel_size=2, max_num_seqs=10,
+                      max_num_batched_tokens=10)  # fmt: skip
+    plan = make_plan(node)
+    assert plan.state is State.SKIP
+    assert (plan.sizes.bound, plan.sizes.tokens_per_rank, plan.sizes.global_bs) == (12, 3, 24)
+    # The scheduler counts unpadded tokens: 12 of them would be padded beyond every graph.
+    assert plan.sizes.token_budget == 10
+
+
+def test_graphs_above_the_bound_are_not_captured() -> None:
+    sizes = compute_sizes(graph_node([1, 8, 16, 24, 64, 256], max_num_seqs=20))
+    assert sizes.bound == 24
+    assert sizes.capture_sizes == (1, 8, 16, 24)
+
+
+def test_decode_max_num_seqs_counts() -> None:
+    assert compute_sizes(decode_node(decode_max_num_seqs=40)).token_budget == 40
+
+
+def test_recompute_flag_without_effect_names_the_cause() -> None:
+    node = decode_node(recompute_in_effect=False, mc2_tokens_capacity=32)
+    (reason,) = make_plan(node).reasons
+    assert reason.code == "DSP104"
+    assert "another scheduler is in force" in reason.flag
+
+
+# For any configuration.
+
+_sizes = st.integers(1, 600)
+
+
+@st.composite
+def any_facts(draw: st.DrawFn) -> Facts:
+    tp = draw(st.sampled_from([1, 2, 4, 3]))
+    captures = tuple(sorted(draw(st.sets(_sizes, max_size=6))))
+    uses_graphs = bool(captures) and draw(st.booleans())
+    max_num_seqs = draw(st.integers(1, 300))
+    changes: dict[str, Any] = {
+        "data_parallel_size": draw(st.sampled_from([1, 2, 4, 8, 16, 32])),
+        "tensor_parallel_size": tp,
+        "soc": draw(st.sampled_from(["A2", "A3", "UNDEFINED"])),
+        "mc2_tokens_capacity": draw(st.one_of(_sizes, st.just(10_000))),
+        "hccl_buffsize_mb": draw(st.sampled_from([0, 20, 200, 4096])),
+        "num_experts": draw(st.sampled_from([0, 64, 192, 384])),
+        "kv_role": draw(st.sampled_from(["kv_consumer", "kv_consumer", "kv_consumer", "kv_both", None])),
+        "recompute_in_effect": draw(st.booleans()),
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": draw(st.integers(max_num_seqs, 4096)),
+        "num_speculative_tokens": draw(st.integers(0, 3)),
+        "graph_mode": "PIECEWISE" if uses_graphs else "NONE",
+        "capture_sizes": captures,
+        "splits_prompts": draw(st.booleans()),
+        "lora": draw(st.sampled_from([False, False, False, True])),
+    }
+    return decode_node(**changes)
+
+
+def _padded(facts: Facts, captures: tuple[int, ...], num_tokens: int) -> int:
+    """What stock makes of a local count: the next graph, or the count itself; then the TP multiple in MC2 prepare."""
+    index = bisect_left(captures, num_tokens)
+    size = captures[index] if index < len(captures) else num_tokens
+    return -(-size // facts.tensor_parallel_size) * facts.tensor_parallel_size
+
+
+@given(any_facts(), st.data())
+def test_no_step_can_leave_mc2_or_exceed_global_bs(facts: Facts, data: st.DataObject) -> None:
+    plan = make_plan(facts)
+    if plan.state is not State.SKIP:
+        return
+    sizes = plan.sizes
+    num_tokens = data.draw(st.integers(1, sizes.token_budget))
+    captures = sizes.capture_sizes if facts.graph_mode != "NONE" else ()
+    padded = _padded(facts, captures, num_tokens)
+    assert padded <= sizes.bound
+    assert stock_selects_mc2(facts, padded, sizes.bound)
+    rows = padded // facts.tensor_parallel_size
+    assert 1 <= rows <= sizes.tokens_per_rank <= OPERATOR_LIMIT[str(facts.soc)]
+    assert sizes.global_bs % facts.ep_world_size == 0
+    assert sizes.global_bs >= rows * facts.ep_world_size
+    if facts.graph_mode != "NONE":
+        assert padded <= _padded(facts, captures, max(captures)), "a step beyond every graph would run eager"
+
+
+@given(any_facts())
+def test_the_second_round_sees_the_same_sizes_after_captures_were_dropped(facts: Facts) -> None:
+    sizes = compute_sizes(facts)
+    if facts.graph_mode != "NONE" and sizes.capture_sizes:
+        assert compute_sizes(replace(facts, capture_sizes=sizes.capture_sizes)) == sizes
+
+
+@given(any_facts(), st.data())
+def test_tightening_a_limit_never_turns_a_refusal_into_a_skip(facts: Facts, data: st.DataObject) -> None:
+    tighter = {
+        "mc2_tokens_capacity": data.draw(st.integers(0, facts.mc2_tokens_capacity or 0)),
+        "hccl_buffsize_mb": data.draw(st.integers(0, facts.hccl_buffsize_mb)),
+        "max_num_seqs": data.draw(st.integers(facts.max_num_seqs, facts.max_num_seqs + 300)),
+        "max_num_batched_tokens": data.draw(st.integers(facts.max_num_batched_tokens, 8192)),
+        "lora": True,
+        "kv_role": "kv_both",
+    }
+    name = data.draw(st.sampled_from(sorted(tighter)))
+    if make_plan(facts).state is not State.SKIP:
+        assert make_plan(replace(facts, **{name: tighter[name]})).state is not State.SKIP
+
+
+@given(any_facts())
+def test_an_engine_clamps_wherever_its_worker_skips(facts: Facts) -> None:
+    engine = replace(facts, soc=None, mc2_tokens_capacity=None, process_group_size=None)
+    worker, clamp = make_plan(facts), make_plan(engine)
+    if worker.state is State.SKIP:
+        assert clamp.state is State.SKIP
+        assert clamp.sizes.token_budget == worker.sizes.token_budget
+
+
+@st.composite
+def too_many_sequences(draw: st.DrawFn) -> Facts:
+    """Decode nodes whose only fault is max_num_seqs * q above a capacity that stock derived for their graphs."""
+    tp = draw(st.sampled_from([1, 2, 4]))
+    captures = sorted(draw(st.sets(st.integers(4, 200), min_size=1, max_size=5)))
+    node = graph_node(captures, tensor_parallel_size=tp, num_speculative_tokens=draw(st.integers(0, 3)),
+                      hccl_buffsize_mb=1 << 20)  # fmt: skip
+    too_many = (node.mc2_tokens_capacity or 0) // node.query_len + 1
+    return replace(node, max_num_seqs=draw(st.integers(too_many, 2 * too_many)))
+
+
+@given(too_many_sequences())
+def test_the_advised_max_num_seqs_turns_the_refusal_into_a_skip(facts: Facts) -> None:
+    (reason,) = make_plan(facts).reasons
+    assert reason.code in ("DSP104", "DSP123")
+    if reason.code == "DSP104":
+        name, value = reason.flag.split(" or ")[0].split()
+        assert name == "--max-num-seqs"
+        advised = replace(facts, max_num_seqs=int(value))
+        assert codes(advised) == []
+
+
+@given(too_many_sequences())
+def test_the_advised_capture_list_turns_the_refusal_into_a_skip(facts: Facts) -> None:
+    (reason,) = make_plan(facts).reasons
+    reach = int(reason.flag.split("reaches ")[1].split(",")[0])
+    captures = [*facts.capture_sizes, reach]
+    capacity = -(-reach // facts.tensor_parallel_size) * facts.tensor_parallel_size
+    assert codes(replace(facts, capture_sizes=tuple(captures), mc2_tokens_capacity=capacity)) == []
