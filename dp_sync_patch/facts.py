@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stock configuration -> Facts. The only module that reads the configuration objects of vLLM and vllm-ascend.
+
+Nothing here depends on requests or steps. `additional_config` is read as given instead of through `AscendConfig`: the
+engine process never initialises the latter, and both processes have to come to the same Facts.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dp_sync_patch.stock import Stock
+
+_EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
+_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
+_DEFAULT_BUFFSIZE_MB = 200  # HCCL's own default
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a decision may rest on; equal on all ranks of a sound deployment.
+
+    None means "this process cannot know": the engine process sees no device and no process group. A condition on such
+    a value counts as met there, so an engine never refuses where its worker would skip.
+    """
+
+    stock_version: str
+    is_moe: bool
+    model_type: str
+    model_without_mc2: bool
+    data_parallel_size: int
+    tensor_parallel_size: int
+    pipeline_parallel_size: int
+    decode_context_parallel_size: int
+    process_group_size: int | None
+    executor_backend: str
+    elastic_ep: bool
+    enable_expert_parallel: bool
+    worker_cls: str
+    worker_cls_known: bool
+    soc: str | None  # A2, A3 or another name of AscendSocVersion
+    mc2_tokens_capacity: int | None  # tokens per DP rank, as stock latched it
+    hidden_size: int
+    num_experts: int  # 0 = not found in the model's configuration
+    experts_per_token: int  # 0 = not found
+    hccl_buffsize_mb: int  # 0 = not a positive number
+    hierarchy: bool
+    kv_role: str | None
+    scheduler_cls: str
+    scheduler_known: bool
+    recompute_requested: bool
+    recompute_in_effect: bool
+    splits_prompts: bool
+    max_num_batched_tokens: int
+    max_num_seqs: int
+    decode_max_num_seqs: int
+    num_speculative_tokens: int
+    speculative_method: str | None
+    speculative_method_known: bool
+    graph_mode: str  # name of CUDAGraphMode, NONE when the runner does not use graphs
+    separate_routines: bool
+    capture_sizes: tuple[int, ...]  # ascending
+    compile_sizes: tuple[int, ...]  # ascending
+    lmhead_tensor_parallel_size: int
+    oproj_tensor_parallel_size: int
+    mlp_tensor_parallel: bool
+    sequence_parallel: bool
+    shared_expert_dp: bool
+    dbo: bool
+    eplb: bool
+    lora: bool
+
+    @property
+    def query_len(self) -> int:
+        """Tokens of one request in a uniform decode step."""
+        return 1 + self.num_speculative_tokens
+
+    @property
+    def ep_world_size(self) -> int:
+        """Ranks of the MC2 group (one per TP rank of each DP rank)."""
+        return self.data_parallel_size * self.tensor_parallel_size
+
+
+def read(
+    vllm_config: Any,
+    stock: Stock,
+    *,
+    is_moe: bool,
+    soc: str | None = None,
+    mc2_tokens_capacity: int | None = None,
+    process_group_size: int | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Facts:
+    """Read one VllmConfig as stock 0.11.0 defines it.
+
+    Args:
+        is_moe: result of vllm-ascend's own `is_moe_model`.
+        soc, mc2_tokens_capacity, process_group_size: known in a worker only.
+        environ: the environment; the one of this process by default.
+    """
+    environ = os.environ if environ is None else environ
+    parallel = vllm_config.parallel_config
+    scheduler = vllm_config.scheduler_config
+    compilation = vllm_config.compilation_config
+    model = vllm_config.model_config
+    speculative = vllm_config.speculative_config
+    kv_transfer = vllm_config.kv_transfer_config
+    additional: Mapping[str, Any] = vllm_config.additional_config or {}
+
+    scheduler_cls = _qualified(scheduler.scheduler_cls)
+    # As NPUModelRunner._use_aclgraph does; level 3 is CompilationLevel.PIECEWISE.
+    uses_graphs = compilation.cudagraph_mode.name != "NONE" and compilation.level == 3 and not model.enforce_eager
+    method = speculative.method if speculative else None
+
+    def flag(name: str) -> bool:
+        # Stock reads some of these as numbers and some as "true"; everything that is not plainly off counts as on.
+        return environ.get(name, "").strip().lower() not in ("", "0", "false")
+
+    return Facts(
+        stock_version=stock.vllm_ascend,
+        is_moe=is_moe,
+        model_type=str(model.hf_config.model_type),
+        model_without_mc2=model.hf_config.model_type in stock.models_without_mc2,
+        data_parallel_size=parallel.data_parallel_size,
+        tensor_parallel_size=parallel.tensor_parallel_size,
+        pipeline_parallel_size=parallel.pipeline_parallel_size,
+        decode_context_parallel_size=parallel.decode_context_parallel_size,
+        process_group_size=process_group_size,
+        executor_backend=_qualified(parallel.distributed_executor_backend),
+        elastic_ep=flag("VLLM_ELASTIC_EP_SCALE_UP_LAUNCH"),
+        enable_expert_parallel=parallel.enable_expert_parallel,
+        worker_cls=_qualified(parallel.worker_cls),
+        worker_cls_known=_qualified(parallel.worker_cls) == stock.worker_cls,
+        soc=soc,
+        mc2_tokens_capacity=mc2_tokens_capacity,
+        hidden_size=model.get_hidden_size(),
+        num_experts=_first_number(model.hf_text_config, _EXPERTS),
+        experts_per_token=_first_number(model.hf_text_config, _EXPERTS_PER_TOKEN),
+        hccl_buffsize_mb=_buffsize_mb(environ.get("HCCL_BUFFSIZE")),
+        hierarchy=environ.get("HCCL_INTRA_ROCE_ENABLE") == "0" and environ.get("HCCL_INTRA_PCIE_ENABLE") == "1",
+        kv_role=kv_transfer.kv_role if kv_transfer is not None and kv_transfer.kv_connector is not None else None,
+        scheduler_cls=scheduler_cls,
+        scheduler_known=scheduler_cls in stock.schedulers,
+        recompute_requested=bool(additional.get("recompute_scheduler_enable", False)),
+        recompute_in_effect=scheduler_cls in stock.recompute_schedulers,
+        splits_prompts=bool(scheduler.chunked_prefill_enabled) and not scheduler.disable_chunked_mm_input,
+        max_num_batched_tokens=scheduler.max_num_batched_tokens,
+        max_num_seqs=scheduler.max_num_seqs,
+        decode_max_num_seqs=getattr(scheduler, "decode_max_num_seqs", 0),
+        num_speculative_tokens=speculative.num_speculative_tokens if speculative else 0,
+        speculative_method=method,
+        speculative_method_known=method is None or method in stock.speculative_methods,
+        graph_mode=compilation.cudagraph_mode.name if uses_graphs else "NONE",
+        separate_routines=uses_graphs and compilation.cudagraph_mode.separate_routine(),
+        # Stock keeps this list in falling order, but reads entry 0 as the largest wherever a user gave it.
+        capture_sizes=tuple(sorted(compilation.cudagraph_capture_sizes or ())),
+        compile_sizes=tuple(sorted(size for size in compilation.compile_sizes or () if isinstance(size, int))),
+        lmhead_tensor_parallel_size=additional.get("lmhead_tensor_parallel_size") or 1,
+        oproj_tensor_parallel_size=additional.get("oproj_tensor_parallel_size") or 1,
+        mlp_tensor_parallel=flag("VLLM_ASCEND_ENABLE_MLP_OPTIMIZE"),
+        sequence_parallel=(
+            bool(compilation.pass_config.enable_sequence_parallelism)
+            or flag("VLLM_ASCEND_ENABLE_FLASHCOMM1")
+            or flag("VLLM_ASCEND_ENABLE_FLASHCOMM")
+        ),
+        shared_expert_dp=bool(additional.get("enable_shared_expert_dp", False)),
+        dbo=flag("VLLM_ASCEND_ENABLE_DBO") or bool(parallel.enable_dbo),
+        eplb=(
+            bool(parallel.enable_eplb)
+            or flag("DYNAMIC_EPLB")
+            or flag("EXPERT_MAP_RECORD")
+            or any(
+                additional.get(key)
+                for key in ("dynamic_eplb", "expert_map_path", "expert_map_record_path", "init_redundancy_expert")
+            )
+        ),
+        lora=vllm_config.lora_config is not None,
+    )
+
+
+def _qualified(value: Any) -> str:
+    """A class, a dotted name or None -> a stable text."""
+    if isinstance(value, type):
+        return f"{value.__module__}.{value.__qualname__}"
+    return str(value)
+
+
+def _first_number(config: Any, names: tuple[str, ...]) -> int:
+    for name in names:
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return 0
+
+
+def _buffsize_mb(text: str | None) -> int:
+    if text is None:
+        return _DEFAULT_BUFFSIZE_MB
+    return int(text) if text.strip().isdecimal() else 0

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two moments of the start-up protocol: before the model is built, and after the KV cache is."""
+
+from collections.abc import Callable
+from typing import Any
+
+from dp_sync_patch import runtime
+from dp_sync_patch.patches import PatchPoint
+
+_MODULE = "vllm_ascend.worker.model_runner_v1"
+
+
+def latch_before_load(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The dispatchers and the graphs that are built from here on bake the verdict in."""
+    runtime.latch(instance)
+    return wrapped(*args, **kwargs)
+
+
+def confirm_after_kv_cache(
+    wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Capture sizes and graph mode can still change up to here; the first warm-up or capture step comes next."""
+    result = wrapped(*args, **kwargs)
+    runtime.confirm(instance)
+    return result
+
+
+POINTS = (
+    PatchPoint(
+        unit="worker",
+        module=_MODULE,
+        name="NPUModelRunner.load_model",
+        wrapper=latch_before_load,
+        signature="(self)",
+        why="Stock has no verdict; it has to exist before the MoE dispatchers are built.",
+        how="Facts -> Plan -> agreement of all ranks, then stock's load_model.",
+        upstream="vllm-ascend#2766",
+        remove_when="Stock decides the skip once at start-up and compares it across ranks.",
+        versions="==0.11.0",
+    ),
+    PatchPoint(
+        unit="worker",
+        module=_MODULE,
+        name="NPUModelRunner.initialize_kv_cache",
+        wrapper=confirm_after_kv_cache,
+        signature="(self, kv_cache_config)",
+        why="Capture sizes and graph mode are final only after KV-cache initialisation.",
+        how="Stock's initialize_kv_cache, then a second round: all ranks stop if anything moved on one of them.",
+        upstream="vllm-ascend#13826",
+        remove_when="Stock compares capture sizes and graph mode across ranks.",
+        versions="==0.11.0",
+    ),
+)

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two vLLM entry points, both named `dp_sync_patch`.
+
+VLLM_PLUGINS filters every plugin group by entry-point name, so `VLLM_PLUGINS=dp_sync_patch` takes the Ascend platform
+and the Ascend connectors away. Both callables delegate to what was filtered out, unless the operator opts out with
+DP_SYNC_PATCH_DELEGATE_PLUGINS=off.
+"""
+
+import os
+from importlib import metadata
+
+from dp_sync_patch import settings
+from dp_sync_patch.errors import SettingsError, logger
+from dp_sync_patch.stock import VLLM_ASCEND
+
+_PLATFORM_GROUP = "vllm.platform_plugins"
+_GENERAL_GROUP = "vllm.general_plugins"
+_STOCK_PLATFORM = "ascend"
+_delegated: set[str] = set()
+
+
+def _allowed() -> list[str] | None:
+    """VLLM_PLUGINS as vLLM splits it: None = load everything; blanks are kept."""
+    value = os.environ.get("VLLM_PLUGINS")
+    return None if value is None else value.split(",")
+
+
+def _stock_entry_points(group: str) -> list[metadata.EntryPoint]:
+    try:
+        distribution = metadata.distribution(VLLM_ASCEND)
+    except metadata.PackageNotFoundError:
+        return []
+    return [entry for entry in distribution.entry_points if entry.group == group]
+
+
+def platform() -> str | None:
+    """Entry point of `vllm.platform_plugins`. vLLM calls it twice, and swallows what it raises.
+
+    Returns:
+        what the filtered-out `ascend` entry point returns; None when that one is active by itself, since two active
+        platforms are an error.
+    """
+    allowed = _allowed()
+    if allowed is None or _STOCK_PLATFORM in allowed:
+        return None
+    try:
+        if settings.load().delegate_plugins == "off":
+            return None
+    except SettingsError as error:
+        # Reported here as well, because vLLM goes on with another platform. `register` raises it.
+        logger.error("%s", error)
+    for entry in _stock_entry_points(_PLATFORM_GROUP):
+        if entry.name == _STOCK_PLATFORM:
+            name: str | None = entry.load()()
+            return name
+    logger.warning("DSP411 VLLM_PLUGINS=%s, but %s is not installed: no platform", ",".join(allowed), VLLM_ASCEND)
+    return None
+
+
+def register() -> None:
+    """Entry point of `vllm.general_plugins`: check the settings, load the filtered-out Ascend plugins, once.
+
+    The import hooks are armed by importing the package. What raises here stops vLLM, as intended for bad settings.
+    """
+    delegate = settings.load().delegate_plugins == "on"
+    allowed = _allowed()
+    if allowed is None:
+        return
+    if padded := [name for name in allowed if name != name.strip()]:
+        logger.warning("DSP412 VLLM_PLUGINS has blanks around %s; vLLM matches names exactly", padded)
+    excluded = [entry for entry in _stock_entry_points(_GENERAL_GROUP) if entry.name not in allowed]
+    if not delegate:
+        if excluded:
+            names = ", ".join(entry.name for entry in excluded)
+            logger.warning("DSP413 VLLM_PLUGINS leaves out %s, and delegate_plugins=off keeps it so", names)
+        return
+    fresh = [entry for entry in excluded if entry.name not in _delegated]
+    for entry in fresh:
+        # Stock's connector registration refuses a second call.
+        _delegated.add(entry.name)
+        entry.load()()
+    if fresh:
+        names = ", ".join(entry.name for entry in fresh)
+        logger.info("loaded the plugins of %s that VLLM_PLUGINS left out: %s", VLLM_ASCEND, names)

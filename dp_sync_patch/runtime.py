@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The state of this process: installs the hooks, latches one verdict, answers `status`.
+
+Wrappers read `skip_sizes` only; None means stock behaviour. Stock modules are imported inside functions that only run
+in processes that have them.
+"""
+
+import os
+import sys
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import wrapt
+
+from dp_sync_patch import agreement, facts, settings, stock
+from dp_sync_patch.errors import (
+    AgreementError,
+    DpSyncPatchError,
+    SkipRequiredError,
+    StandDownError,
+    logger,
+)
+from dp_sync_patch.facts import Facts
+from dp_sync_patch.patches import TRIGGERS, points_of, registry
+from dp_sync_patch.plan import Plan, Refusal, Sizes, State, concerns, make_plan
+from dp_sync_patch.settings import Settings
+
+
+@dataclass(frozen=True)
+class _Latched:
+    settings: Settings
+    facts: Facts
+    plan: Plan
+    state: State
+    verdict: agreement.Verdict | None  # None: nothing to agree about
+    rank: int
+    world_size: int
+
+
+skip_sizes: Sizes | None = None
+_latched: _Latched | None = None
+_hooked: set[str] = set()
+_armed = False
+_stood_down: list[str] = []
+
+
+def install() -> None:
+    """Arm the post-import hooks; a repeated call changes nothing. Never raises: vLLM only logs a plugin that fails to
+    import, and goes on without it. Bad settings are raised by `check_settings`, which the plugin calls."""
+    global _armed
+    try:
+        if settings.load().mode == "off":
+            return
+    except DpSyncPatchError as error:
+        logger.error("%s; nothing is patched", error)
+        return
+    _armed = True
+    for unit, module in TRIGGERS.items():
+        if unit not in _hooked:
+            _hooked.add(unit)
+            wrapt.register_post_import_hook(partial(_on_import, unit), module)
+        # A second install after uninstall() has no import to wait for.
+        elif registry.units.get(unit) is None and module in sys.modules:
+            _on_import(unit)
+
+
+def _on_import(unit: str, _module: object = None) -> None:
+    """Apply a unit; any misfit leaves this process as stock made it, with one loud line (an error in `require`)."""
+    if not _armed or registry.units.get(unit) == "applied":
+        return
+    try:
+        entry = _supported_stock()
+        # A worker relies on the engine's clamp: what does not fit there must not skip here.
+        for name in ("engine", "worker") if unit == "worker" else (unit,):
+            if name == "worker" and _model_is_built():
+                raise StandDownError("DSP008", "loaded too late: the MoE dispatchers of this process exist already")
+            if registry.apply(name, points_of(name, entry.vllm_ascend)):
+                logger.debug("unit %s applied", name)
+    except StandDownError as error:
+        registry.units.setdefault(unit, str(error))
+        if settings.load().mode == "require":
+            logger.error("%s; mode=require", error)
+            raise
+        if str(error) not in _stood_down:
+            _stood_down.append(str(error))
+            logger.warning("%s; nothing is patched, this process runs stock vllm-ascend", error)
+
+
+def _supported_stock() -> stock.Stock:
+    versions = stock.installed()
+    entry = stock.find(versions)
+    if entry is None:
+        found = ", ".join(f"{name} {version or 'not installed'}" for name, version in versions.items())
+        raise StandDownError("DSP006", f"unsupported stock: found {found}, supported {stock.supported()}")
+    return entry
+
+
+def _model_is_built() -> bool:
+    from vllm_ascend.ops.moe import moe_comm_method
+
+    return bool(moe_comm_method._MoECommMethods)
+
+
+def uninstall() -> int:
+    """Restore every patched attribute by identity. Returns how many there were.
+
+    Raises:
+        ForeignWrapperError: somebody else wrapped one of them since; nothing is undone.
+        DpSyncPatchError: the skip is in force; peers rely on it until this process ends.
+    """
+    global _armed, _latched
+    if skip_sizes is not None:
+        raise DpSyncPatchError("DSP010", "the skip is in force; undoing it on one rank would hang the others")
+    count = registry.undo()
+    _armed = False
+    _latched = None
+    _stood_down.clear()
+    return count
+
+
+def engine_sizes(vllm_config: Any) -> Sizes | None:
+    """The bound to enforce on a scheduler, or None. Worked out without device and process group; in a process that
+    has a worker too, what the ranks agreed on wins."""
+    if _latched is not None:
+        return skip_sizes
+    configured = settings.load(vllm_config.additional_config)
+    plan = make_plan(_read_facts(vllm_config), configured.mode)
+    return plan.sizes if plan.state is State.SKIP else None
+
+
+def _read_facts(vllm_config: Any, **known: Any) -> Facts:
+    from vllm_ascend.utils import is_moe_model
+
+    return facts.read(vllm_config, _supported_stock(), is_moe=is_moe_model(vllm_config), **known)
+
+
+def latch(runner: Any) -> None:
+    """First round, in NPUModelRunner before load_model: decide once for this process, together with all ranks.
+
+    Raises:
+        SettingsError, SkipRequiredError: see there.
+        AgreementError: a second runner in this process would need another decision.
+    """
+    global _latched, skip_sizes
+    configured = settings.load(runner.vllm_config.additional_config)
+    rank, world_size = _process_group()
+    found = _read_worker_facts(runner, runner.mc2_tokens_capacity, world_size)
+    if _latched is not None:
+        if _comparable(found) != _comparable(_latched.facts):
+            raise AgreementError("DSP205", "another model runner with another configuration in this process")
+        _put_in_force(runner, _latched.state, _latched.plan)
+        return
+
+    plan = make_plan(found, configured.mode, extra=_not_intact())
+    verdict = None
+    state = plan.state
+    if concerns(found):
+        verdict = agreement.decide(
+            _store(),
+            _record(configured, found, plan),
+            round_name="start",
+            rank=rank,
+            world_size=world_size,
+            timeout_s=configured.agreement_timeout_s,
+        )
+        if not verdict.agreed:
+            state = min(state, State.SYNC)
+    _latched = _Latched(configured, found, plan, state, verdict, rank, world_size)
+    _report(_latched)
+    if configured.mode == "require" and state is not State.SKIP:
+        raise SkipRequiredError("DSP204", f"mode=require, but: {'; '.join(_why(_latched))}")
+    _put_in_force(runner, state, plan)
+
+
+def confirm(runner: Any) -> None:
+    """Second round, after KV-cache initialisation: nothing the verdict rests on may have moved, on any rank.
+
+    Raises:
+        AgreementError: on all ranks alike, before the first warm-up or capture step.
+    """
+    if _latched is None or _latched.state is not State.SKIP:
+        return
+    first = _latched
+    found = _read_worker_facts(runner, first.facts.mc2_tokens_capacity, first.world_size)
+    plan = make_plan(found, first.settings.mode, extra=_not_intact())
+    moved: list[str] = []
+    if plan.state is not State.SKIP:
+        moved.extend(str(reason) for reason in plan.reasons)
+    elif plan.sizes != first.plan.sizes:
+        moved.append(f"sizes {plan.sizes} instead of {first.plan.sizes}")
+    if runner.mc2_tokens_capacity != first.plan.sizes.bound:
+        moved.append(f"mc2_tokens_capacity {runner.mc2_tokens_capacity} instead of {first.plan.sizes.bound}")
+    verdict = agreement.decide(
+        _store(),
+        {"moved": "; ".join(moved), **_record(first.settings, found, plan)},
+        round_name="kv-cache",
+        rank=first.rank,
+        world_size=first.world_size,
+        timeout_s=first.settings.agreement_timeout_s,
+    )
+    if moved or not verdict.agreed:
+        problem = "; ".join([*moved, verdict.why] if verdict.why else moved)
+        raise AgreementError("DSP206", f"the configuration moved after start-up: {problem}")
+
+
+def _put_in_force(runner: Any, state: State, plan: Plan) -> None:
+    """In `skip`: selector and captures follow the agreed bound, so that no MC2 call can exceed global_bs."""
+    global skip_sizes
+    if state is not State.SKIP:
+        return
+    sizes = plan.sizes
+    runner.mc2_tokens_capacity = sizes.bound
+    compilation = runner.compilation_config
+    if sizes.capture_sizes and tuple(sorted(compilation.cudagraph_capture_sizes)) != sizes.capture_sizes:
+        # Graphs above the bound can never be replayed, and above the capacity they would be captured with another
+        # communication method.
+        compilation.cudagraph_capture_sizes = None
+        compilation.init_with_cudagraph_sizes(list(sizes.capture_sizes))
+        runner.aclgraph_batch_sizes = list(reversed(compilation.cudagraph_capture_sizes))
+    skip_sizes = sizes
+
+
+def _read_worker_facts(runner: Any, capacity: int | None, world_size: int) -> Facts:
+    from vllm_ascend.utils import get_ascend_soc_version
+
+    return _read_facts(
+        runner.vllm_config,
+        soc=get_ascend_soc_version().name,
+        mc2_tokens_capacity=capacity,
+        process_group_size=world_size,
+    )
+
+
+def _not_intact() -> list[Refusal]:
+    """Stock's own worker patches run after ours; whatever they replaced is no longer under our control."""
+    return [
+        Refusal("DSP009", f"{target} was replaced after it was patched", "another object", "our wrapper", "")
+        for target in registry.foreign()
+    ]
+
+
+def _process_group() -> tuple[int, int]:
+    import torch.distributed
+
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _store() -> agreement.Store:
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    store: agreement.Store = _get_default_store()
+    return store
+
+
+def _comparable(found: Facts) -> dict[str, Any]:
+    """Facts without what `_put_in_force` changes."""
+    changed = ("capture_sizes", "mc2_tokens_capacity")
+    return {name: value for name, value in asdict(found).items() if name not in changed}
+
+
+def _record(configured: Settings, found: Facts, plan: Plan) -> dict[str, Any]:
+    """What must be equal on all ranks."""
+    from dp_sync_patch import __version__
+
+    return {
+        "version": __version__,
+        "settings": configured.values(),
+        "facts": asdict(found),
+        "plan": {
+            "state": plan.state.name,
+            "reasons": [str(reason) for reason in plan.reasons],
+            "sizes": asdict(plan.sizes),
+        },
+    }
+
+
+def _why(latched: _Latched) -> list[str]:
+    reasons = [str(reason) for reason in latched.plan.reasons]
+    if latched.verdict is not None and not latched.verdict.agreed:
+        reasons.append(f"{latched.verdict.code} {latched.verdict.why}")
+    return reasons
+
+
+def _report(latched: _Latched) -> None:
+    """One INFO line for the skip, one WARNING per reason against it; from the first TP rank of each DP rank."""
+    if latched.rank % (latched.facts.tensor_parallel_size * latched.facts.pipeline_parallel_size):
+        return
+    if latched.state is State.SKIP:
+        sizes = latched.plan.sizes
+        logger.info(
+            "DSP000 skip: no DP metadata all_reduce on rank %d; bound %d tokens per DP rank, global_bs %d, EP size %d",
+            latched.rank,
+            sizes.bound,
+            sizes.global_bs,
+            latched.facts.ep_world_size,
+        )
+        return
+    for reason in _why(latched):
+        logger.warning("%s; in force on rank %d: %s", reason, latched.rank, _in_force(latched.state))
+
+
+def _in_force(state: State) -> str:
+    return f"{state.name.lower()} (stock vllm-ascend)"
+
+
+def status() -> dict[str, Any]:
+    """Everything about this process: versions, settings with their source, points, plan and verdict."""
+    configured = _latched.settings if _latched is not None else settings.load()
+    sources = dict(configured.sources)
+    versions = stock.installed()
+    result: dict[str, Any] = {
+        "pid": os.getpid(),
+        "stock": versions,
+        "supported": stock.supported(),
+        "stock_supported": stock.find(versions) is not None,
+        "settings": {name: {"value": value, "source": sources[name]} for name, value in configured.values().items()},
+        "units": {unit: registry.units.get(unit, "waiting for " + module) for unit, module in TRIGGERS.items()},
+        "points": registry.describe(),
+        "stood_down": list(_stood_down),
+        "state": "undecided",
+        "reasons": [],
+        "plan": None,
+        "verdict": None,
+    }
+    if _latched is not None:
+        result["state"] = _latched.state.name.lower()
+        result["reasons"] = _why(_latched)
+        result["plan"] = {"state": _latched.plan.state.name.lower(), **asdict(_latched.plan.sizes)}
+        result["verdict"] = asdict(_latched.verdict) if _latched.verdict is not None else None
+    elif not _armed:
+        result["state"] = "off"
+    return result

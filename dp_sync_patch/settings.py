@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings: environment `DP_SYNC_PATCH_*` first, then `additional_config["dp_sync_patch"]`, then the default.
+
+Both channels are validated in full; an unknown name is an error, so that a typo cannot switch a safety off.
+"""
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dp_sync_patch.errors import SettingsError
+
+PREFIX = "DP_SYNC_PATCH_"
+CONFIG_KEY = "dp_sync_patch"
+
+
+def _choice(*allowed: str) -> Callable[[Any], str]:
+    def parse(value: Any) -> str:
+        if not isinstance(value, str) or value not in allowed:
+            raise ValueError(f"one of {', '.join(allowed)}")
+        return value
+
+    return parse
+
+
+def _seconds(value: Any) -> float:
+    allowed = "a number of seconds above 0 and at most 86400"
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(allowed)
+    try:
+        seconds = float(value)
+    except ValueError:
+        raise ValueError(allowed) from None
+    if not (math.isfinite(seconds) and 0 < seconds <= 86400):
+        raise ValueError(allowed)
+    return seconds
+
+
+_PARSERS: dict[str, Callable[[Any], Any]] = {
+    # auto: skip where it is proven safe; off: stock (from the environment nothing is patched; additional_config is only
+    # known later, so the wrappers stay and pass everything through); require: refuse to start when the skip cannot be on.
+    "mode": _choice("auto", "off", "require"),
+    # What to do where one rank may run a FULL graph while another runs eager in the same step.
+    "graph_mode": _choice("refuse"),
+    # How long the ranks wait for each other at start-up.
+    "agreement_timeout_s": _seconds,
+    # on: VLLM_PLUGINS=dp_sync_patch still loads the plugins of vllm-ascend; off: plain filtering as in vLLM.
+    "delegate_plugins": _choice("on", "off"),
+}
+# Needed before a VllmConfig exists.
+_ENVIRONMENT_ONLY = frozenset({"delegate_plugins"})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The values in force. `sources` says for each one where it came from: environment, additional_config, default."""
+
+    mode: str = "auto"
+    graph_mode: str = "refuse"
+    agreement_timeout_s: float = 120.0
+    delegate_plugins: str = "on"
+    sources: tuple[tuple[str, str], ...] = tuple((name, "default") for name in _PARSERS)
+
+    def values(self) -> dict[str, Any]:
+        """What the ranks compare: the values without their sources."""
+        return {name: value for name, value in asdict(self).items() if name != "sources"}
+
+
+def load(additional_config: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None) -> Settings:
+    """Read and validate both channels.
+
+    Args:
+        additional_config: vLLM's `additional_config`, or None where no VllmConfig exists yet.
+        environ: the environment; the one of this process by default.
+
+    Raises:
+        SettingsError: an unknown name, or a value that is not allowed; the message lists what is.
+    """
+    environ = os.environ if environ is None else environ
+    section = (additional_config or {}).get(CONFIG_KEY, {})
+    if not isinstance(section, Mapping):
+        raise SettingsError("DSP401", f"additional_config.{CONFIG_KEY} must be a mapping, found {section!r}")
+
+    given: dict[str, tuple[Any, str]] = {}
+    for key, value in section.items():
+        if key not in _PARSERS or key in _ENVIRONMENT_ONLY:
+            allowed = ", ".join(name for name in _PARSERS if name not in _ENVIRONMENT_ONLY)
+            raise SettingsError("DSP401", f"unknown setting additional_config.{CONFIG_KEY}.{key}; allowed: {allowed}")
+        given[key] = (value, "additional_config")
+    for variable, value in environ.items():
+        if not variable.startswith(PREFIX):
+            continue
+        key = variable.removeprefix(PREFIX).lower()
+        if key not in _PARSERS or variable != variable.upper():
+            allowed = ", ".join(PREFIX + name.upper() for name in _PARSERS)
+            raise SettingsError("DSP401", f"unknown setting {variable}; allowed: {allowed}")
+        given[key] = (value, "environment")
+
+    values: dict[str, Any] = {}
+    for key, (value, source) in given.items():
+        try:
+            values[key] = _PARSERS[key](value)
+        except ValueError as error:
+            raise SettingsError("DSP402", f"setting {key}={value!r} ({source}) must be {error}") from None
+    return Settings(**values, sources=tuple((name, given.get(name, (None, "default"))[1]) for name in _PARSERS))
