@@ -12,16 +12,16 @@ NPU_SOURCES := $(shell find tests/virtual_npu -type f -not -name '*.md' -not -pa
 
 .PHONY: help setup demo test lint clean
 help:
-	@echo "make demo   prefill/decode pair over HTTP, stock against overlay; writes build/demo/report.json"
+	@echo "make demo   prefill/decode pair over HTTP, stock against overlay; writes build/demo/report.json (ARGS=--help)"
 	@echo "make test   lint, type check and all default tests"
 	@echo "make lint   ruff and mypy only"
 	@echo "make clean  remove build/"
 
 demo: setup
-	$(PY) examples/demo.py
+	$(PY) examples/demo.py $(ARGS)
 
 test: setup lint
-	$(PY) -m pytest tests
+	$(PY) -m pytest tests $(ARGS)
 
 lint: $(VENV)/.stock
 	$(PY) -m ruff check .

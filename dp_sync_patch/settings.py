@@ -39,8 +39,8 @@ def _seconds(value: Any) -> float:
 
 
 _PARSERS: dict[str, Callable[[Any], Any]] = {
-    # auto: skip where it is proven safe; off: stock (from the environment nothing is patched; additional_config is only
-    # known later, so the wrappers stay and pass everything through); require: refuse to start when the skip cannot be on.
+    # auto: skip where it is proven safe. off: stock; the environment patches nothing, additional_config is known
+    # too late for that, so the wrappers pass everything through. require: refuse to start when the skip cannot be on.
     "mode": _choice("auto", "off", "require"),
     # What to do where one rank may run a FULL graph while another runs eager in the same step.
     "graph_mode": _choice("refuse"),

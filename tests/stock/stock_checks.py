@@ -245,9 +245,7 @@ def sync(folder: str) -> dict[str, Any]:
     counts.fill_(99)
     third = runner._sync_metadata_across_dp(3, False, False)
 
-    graph_config = engine_config(
-        folder, enforce_eager=None, compilation_config={"cudagraph_capture_sizes": [2, 8, 16]}
-    )
+    graph_config = engine_config(folder, enforce_eager=None, compilation_config={"cudagraph_capture_sizes": [2, 8, 16]})
     runner.vllm_config, runner.use_aclgraph = graph_config, True
     runner.aclgraph_batch_sizes = list(reversed(graph_config.compilation_config.cudagraph_capture_sizes))
     padded = [runner._sync_metadata_across_dp(n, False, False)[0] for n in (1, 2, 3, 16, 17)]
@@ -449,51 +447,6 @@ def _top_k_routing(hidden_states: Any, gating_output: Any, topk: int, renormaliz
 
     weights, ids = torch.topk(gating_output.softmax(-1), topk, dim=-1)
     return weights, ids.to(torch.int32)
-
-
-def draft_passes() -> dict[str, Any]:
-    """MTP draft forwards of a rank with prefill, of a decoding one, and of an idle one; k = 3."""
-    import vllm_ascend.ops
-    import vllm_ascend.worker.model_runner_v1  # noqa: F401
-    from vllm_ascend.spec_decode.mtp_proposer import MtpProposer
-
-    from dp_sync_patch.patches.metadata_sync import level_draft_passes
-
-    class Proposer(MtpProposer):
-        """Counts forwards where stock's loops would run the model."""
-
-        def __init__(self, with_prefill: bool) -> None:
-            self.num_speculative_tokens = 3
-            self.forwards: list[str] = []
-            self.runner = SimpleNamespace(
-                with_prefill=with_prefill,
-                use_aclgraph=False,
-                dp_size=4,
-                decode_token_per_req=4,
-                aclgraph_dispatcher=SimpleNamespace(dispatch=lambda descriptor: ("NONE", None)),
-            )
-
-        def dummy_run(self, num_tokens: int, **given: Any) -> None:
-            assert given["with_prefill"] is False
-            assert given["skip_attn"] is True
-            self.forwards += [f"dummy of {num_tokens}"] * self.num_speculative_tokens
-
-        def stock_propose(self) -> str:
-            # Stock leaves its loop after the first pass of a batch with prefill.
-            self.forwards += ["draft"] * (1 if self.runner.with_prefill else self.num_speculative_tokens)
-            return "drafts"
-
-    def forwards(with_prefill: bool) -> list[str]:
-        proposer = Proposer(with_prefill)
-        assert level_draft_passes(proposer.stock_propose, proposer, (), {}) == "drafts"
-        assert proposer.num_speculative_tokens == 3
-        return proposer.forwards
-
-    found = {"stock": forwards(True)}
-    runtime.skip_sizes = _SKIP
-    found["prefill"] = forwards(True)
-    found["decode"] = forwards(False)
-    return found
 
 
 def latching(folder: str) -> dict[str, Any]:

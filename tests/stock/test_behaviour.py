@@ -159,13 +159,6 @@ def test_profile_runs_draw_distinct_experts(tmp_path: Path) -> None:
     assert found["outside_profile"]["rows_with_repeats"] == 0
 
 
-def test_draft_passes_are_level() -> None:
-    found, _ = check("draft_passes")
-    assert found["stock"] == ["draft"]
-    assert found["prefill"] == ["draft", "dummy of 4", "dummy of 4"]
-    assert found["decode"] == ["draft"] * 3
-
-
 def test_both_rounds(tmp_path: Path) -> None:
     found, log = check("latching", tmp_path, VIRTUAL_NPU_SOC="Ascend910_9391")
     status = found["status"]

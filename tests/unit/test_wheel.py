@@ -1,38 +1,73 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The wheel: the overlay and nothing else, both entry points, and it works in a clean environment."""
+"""The wheel holds the overlay and nothing else, and installs where none of the stack is."""
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
+import venv
 import zipfile
+from importlib import util
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+import pytest
+
+PROJECT = Path(__file__).parents[2]
+pytestmark = pytest.mark.timeout(180)
 
 
-def run(*command: str) -> str:
-    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=300).stdout
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (built,) = folder.glob("*.whl")
+    return built
 
 
-def test_wheel_contents_and_clean_installation(tmp_path: Path) -> None:
-    run(sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path))
-    (wheel,) = tmp_path.glob("*.whl")
+def test_contents(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0] for name in names} == {"dp_sync_patch", f"{wheel.name.split('-py3')[0]}.dist-info"}
+    packages = {name.split("/")[0] for name in names}
+    assert packages == {"dp_sync_patch", "dp_sync_patch-0.1.0.dist-info"}
     assert "dp_sync_patch/py.typed" in names
-    tracked = run("git", "ls-files", "--cached", "--others", "--exclude-standard", "dp_sync_patch").split()
-    assert {name for name in names if name.startswith("dp_sync_patch/")} == set(tracked)
+    code = {name for name in names if name.startswith("dp_sync_patch/") and name.endswith(".py")}
+    assert code == {str(path.relative_to(PROJECT)) for path in (PROJECT / "dp_sync_patch").rglob("*.py")}
 
-    clean = tmp_path / "clean"
-    run(sys.executable, "-m", "venv", str(clean))
-    python = str(clean / "bin" / "python")
-    run(python, "-m", "pip", "install", "-q", str(wheel))
-    code = (
-        "import dp_sync_patch, importlib.metadata as m; s = dp_sync_patch.status();"
-        "print(s['state'], s['stock']);"
-        "print(sorted(e.group for e in m.entry_points(name='dp_sync_patch')))"
-    )
-    lines = run(python, "-I", "-c", code).splitlines()
-    assert lines[0] == "undecided {'vllm': None, 'vllm-ascend': None}"
-    assert lines[1] == "['vllm.general_plugins', 'vllm.platform_plugins']"
+
+def test_installs_in_a_clean_environment(wheel: Path, tmp_path: Path) -> None:
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    inherited = ("PYTHON", "DP_SYNC_", "VLLM_")
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(inherited)}
+    install = [str(python), "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", str(wheel)]
+    subprocess.run(install, check=True, env=environ)
+    # Its two dependencies, taken from here: nothing is downloaded.
+    dependencies = tmp_path / "dependencies"
+    dependencies.mkdir()
+    for name in ("wrapt", "packaging"):
+        spec = util.find_spec(name)
+        assert spec is not None
+        assert spec.origin is not None
+        (dependencies / name).symlink_to(Path(spec.origin).parent)
+    code = """
+import json
+from importlib.metadata import entry_points, version
+import dp_sync_patch
+groups = ("vllm.general_plugins", "vllm.platform_plugins")
+names = [[e.name for e in entry_points(group=group)] for group in groups]
+loaded = [callable(e.load()) for group in groups for e in entry_points(group=group)]
+status = dp_sync_patch.status()
+print(json.dumps([version("dp_sync_patch"), names, loaded, status["stock"], status["stock_supported"]]))
+"""
+    environ["PYTHONPATH"] = str(dependencies)
+    command = [str(python), "-c", code]
+    done = subprocess.run(command, check=True, env=environ, cwd=tmp_path, capture_output=True, text=True)
+    found_version, names, loaded, stock, supported = json.loads(done.stdout)
+    assert found_version == "0.1.0"
+    assert names == [["dp_sync_patch"], ["dp_sync_patch"]]
+    assert loaded == [True, True]
+    assert stock == {"vllm": None, "vllm-ascend": None}
+    assert supported is False
