@@ -33,8 +33,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Served]:
         *("--speculative-config", json.dumps({"method": "deepseek_mtp", "num_speculative_tokens": DRAFTS})),
     ]
     served = {}
-    for name, overlay in (("stock", False), ("overlay", True)):
-        served[name] = serve(folder / name, model, _prompts(), overlay, arguments, {})
+    # Engines by spawn, vLLM's own default for `vllm serve`; the demo's are forked.
+    spawn = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    for name, overlay, environment in (("stock", False, {}), ("overlay", True, spawn)):
+        served[name] = serve(folder / name, model, _prompts(), overlay, arguments, environment)
         assert len(served[name].ranks) == 2
     return served
 
