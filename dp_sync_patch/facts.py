@@ -23,6 +23,7 @@ class Facts:
 
     None means "this process cannot know": the engine process sees no device and no process group. A condition on such
     a value counts as met there, so an engine never refuses where its worker would skip.
+    A feature that is either on or off is a text: the names of what switched it on, empty when it is off.
     """
 
     stock_version: str
@@ -35,7 +36,7 @@ class Facts:
     decode_context_parallel_size: int
     process_group_size: int | None
     executor_backend: str
-    elastic_ep: bool
+    elastic_ep: str
     enable_expert_parallel: bool
     worker_cls: str
     worker_cls_known: bool
@@ -45,7 +46,7 @@ class Facts:
     num_experts: int  # 0 = not found in the model's configuration
     experts_per_token: int  # 0 = not found
     hccl_buffsize_mb: int  # 0 = not a positive number
-    hierarchy: bool
+    hierarchy: str
     kv_role: str | None
     scheduler_cls: str
     scheduler_known: bool
@@ -64,12 +65,12 @@ class Facts:
     compile_sizes: tuple[int, ...]  # ascending
     lmhead_tensor_parallel_size: int
     oproj_tensor_parallel_size: int
-    mlp_tensor_parallel: bool
-    sequence_parallel: bool
-    shared_expert_dp: bool
-    dbo: bool
-    eplb: bool
-    lora: bool
+    mlp_tensor_parallel: str
+    sequence_parallel: str
+    shared_expert_dp: str
+    dbo: str
+    eplb: str
+    lora: str
 
     @property
     def query_len(self) -> int:
@@ -113,9 +114,15 @@ def read(
     uses_graphs = compilation.cudagraph_mode.name != "NONE" and compilation.level == 3 and not model.enforce_eager
     method = speculative.method if speculative else None
 
-    def flag(name: str) -> bool:
+    def variables(*names: str) -> list[str]:
         # Stock reads some of these as numbers and some as "true"; everything that is not plainly off counts as on.
-        return environ.get(name, "").strip().lower() not in ("", "0", "false")
+        return [name for name in names if environ.get(name, "").strip().lower() not in ("", "0", "false")]
+
+    def options(*names: str) -> list[str]:
+        return [f"additional_config.{name}" for name in names if additional.get(name)]
+
+    def when(condition: Any, name: str) -> list[str]:
+        return [name] if condition else []
 
     return Facts(
         stock_version=stock.vllm_ascend,
@@ -128,7 +135,7 @@ def read(
         decode_context_parallel_size=parallel.decode_context_parallel_size,
         process_group_size=process_group_size,
         executor_backend=_qualified(parallel.distributed_executor_backend),
-        elastic_ep=flag("VLLM_ELASTIC_EP_SCALE_UP_LAUNCH"),
+        elastic_ep=", ".join(variables("VLLM_ELASTIC_EP_SCALE_UP_LAUNCH")),
         enable_expert_parallel=parallel.enable_expert_parallel,
         worker_cls=_qualified(parallel.worker_cls),
         worker_cls_known=_qualified(parallel.worker_cls) == stock.worker_cls,
@@ -138,7 +145,12 @@ def read(
         num_experts=_first_number(model.hf_text_config, _EXPERTS),
         experts_per_token=_first_number(model.hf_text_config, _EXPERTS_PER_TOKEN),
         hccl_buffsize_mb=_buffsize_mb(environ.get("HCCL_BUFFSIZE")),
-        hierarchy=environ.get("HCCL_INTRA_ROCE_ENABLE") == "0" and environ.get("HCCL_INTRA_PCIE_ENABLE") == "1",
+        hierarchy=", ".join(
+            when(
+                environ.get("HCCL_INTRA_ROCE_ENABLE") == "0" and environ.get("HCCL_INTRA_PCIE_ENABLE") == "1",
+                "HCCL_INTRA_PCIE_ENABLE=1 with HCCL_INTRA_ROCE_ENABLE=0",
+            )
+        ),
         kv_role=kv_transfer.kv_role if kv_transfer is not None and kv_transfer.kv_connector is not None else None,
         scheduler_cls=scheduler_cls,
         scheduler_known=scheduler_cls in stock.schedulers,
@@ -158,24 +170,19 @@ def read(
         compile_sizes=tuple(sorted(size for size in compilation.compile_sizes or () if isinstance(size, int))),
         lmhead_tensor_parallel_size=additional.get("lmhead_tensor_parallel_size") or 1,
         oproj_tensor_parallel_size=additional.get("oproj_tensor_parallel_size") or 1,
-        mlp_tensor_parallel=flag("VLLM_ASCEND_ENABLE_MLP_OPTIMIZE"),
-        sequence_parallel=(
-            bool(compilation.pass_config.enable_sequence_parallelism)
-            or flag("VLLM_ASCEND_ENABLE_FLASHCOMM1")
-            or flag("VLLM_ASCEND_ENABLE_FLASHCOMM")
+        mlp_tensor_parallel=", ".join(variables("VLLM_ASCEND_ENABLE_MLP_OPTIMIZE")),
+        sequence_parallel=", ".join(
+            variables("VLLM_ASCEND_ENABLE_FLASHCOMM1", "VLLM_ASCEND_ENABLE_FLASHCOMM")
+            + when(compilation.pass_config.enable_sequence_parallelism, "pass_config.enable_sequence_parallelism")
         ),
-        shared_expert_dp=bool(additional.get("enable_shared_expert_dp", False)),
-        dbo=flag("VLLM_ASCEND_ENABLE_DBO") or bool(parallel.enable_dbo),
-        eplb=(
-            bool(parallel.enable_eplb)
-            or flag("DYNAMIC_EPLB")
-            or flag("EXPERT_MAP_RECORD")
-            or any(
-                additional.get(key)
-                for key in ("dynamic_eplb", "expert_map_path", "expert_map_record_path", "init_redundancy_expert")
-            )
+        shared_expert_dp=", ".join(options("enable_shared_expert_dp")),
+        dbo=", ".join(variables("VLLM_ASCEND_ENABLE_DBO") + when(parallel.enable_dbo, "--enable-dbo")),
+        eplb=", ".join(
+            variables("DYNAMIC_EPLB", "EXPERT_MAP_RECORD")
+            + options("dynamic_eplb", "expert_map_path", "expert_map_record_path", "init_redundancy_expert")
+            + when(parallel.enable_eplb, "--enable-eplb")
         ),
-        lora=vllm_config.lora_config is not None,
+        lora=", ".join(when(vllm_config.lora_config is not None, "--enable-lora")),
     )
 
 

@@ -157,21 +157,41 @@ def _capacity_flag(facts: Facts, sizes: Sizes) -> str:
     capacity = facts.mc2_tokens_capacity or 0
     if facts.graph_mode != "NONE":
         capacity = min(capacity, max(facts.capture_sizes, default=0))
-    options = []
+    options = [_smaller_step(facts, capacity)]
     if not facts.recompute_in_effect:
-        if facts.recompute_requested:
-            options.append(
-                "recompute_scheduler_enable is set but another scheduler is in force: "
-                "drop ascend_scheduler_config and --async-scheduling"
-            )
-        else:
-            options.append("--additional-config '{\"recompute_scheduler_enable\": true}'")
-        options.append(f"--max-num-batched-tokens {capacity}")
-    else:
-        options.append(f"--max-num-seqs {max(capacity // facts.query_len, 1)}")
+        options.insert(0, _recompute_flag(facts))
     if facts.graph_mode != "NONE" and sizes.tokens_per_rank <= OPERATOR_LIMIT.get(str(facts.soc), 0):
-        options.append(f"a cudagraph_capture_sizes list that reaches {sizes.token_budget}")
+        options.append(_captures_flag(facts, sizes))
     return " or ".join(options)
+
+
+def _window_flag(facts: Facts, sizes: Sizes) -> str:
+    """The window follows the graph that the largest step is padded to; a graph of just that size costs the least."""
+    options = [f"HCCL_BUFFSIZE={sizes.window_mb}"]
+    exact = -(-sizes.token_budget // facts.tensor_parallel_size)
+    if exact < sizes.tokens_per_rank:
+        options.append(f"HCCL_BUFFSIZE={_window_mb(facts, exact)} with {_captures_flag(facts, sizes)}")
+    return " or ".join(options)
+
+
+def _captures_flag(facts: Facts, sizes: Sizes) -> str:
+    captures = [size for size in facts.capture_sizes if size < sizes.token_budget] + [sizes.token_budget]
+    return f"--compilation-config '{{\"cudagraph_capture_sizes\": {captures}}}'"
+
+
+def _recompute_flag(facts: Facts) -> str:
+    if not facts.recompute_requested:
+        return "--additional-config '{\"recompute_scheduler_enable\": true}'"
+    hidden_by = {"AsyncScheduler": "--async-scheduling", "AscendScheduler": "additional_config.ascend_scheduler_config"}
+    scheduler = facts.scheduler_cls.rpartition(".")[2]
+    cause = hidden_by.get(scheduler, f"the scheduler {facts.scheduler_cls}")
+    return f"without {cause}, which hides recompute_scheduler_enable"
+
+
+def _smaller_step(facts: Facts, tokens: int) -> str:
+    if facts.recompute_in_effect:
+        return f"--max-num-seqs {max(tokens // facts.query_len, 1)}"
+    return f"--max-num-batched-tokens {tokens}"
 
 
 def _rule(
@@ -195,10 +215,18 @@ def _rule(
 
 
 def _option(code: str, sentence: str, attribute: str, needed: Any, flag: str) -> Rule:
-    """A feature that changes a cross-DP buffer or the sequence of operators: its attribute must have one value."""
+    """A setting that has to have one value."""
     return _rule(
         code, sentence, lambda f, s: getattr(f, attribute) == needed, lambda f, s: getattr(f, attribute), needed, flag
     )
+
+
+def _absent(code: str, sentence: str, attribute: str, state: State = State.SYNC) -> Rule:
+    """A feature that must be off: it changes a buffer that ranks share, or the sequence of operators."""
+    return _rule(
+        code, sentence, lambda f, s: not getattr(f, attribute), lambda f, s: getattr(f, attribute), "none of it",
+        lambda f, s: f"without {getattr(f, attribute)}", state,
+    )  # fmt: skip
 
 
 # fmt: off
@@ -210,8 +238,7 @@ RULES: tuple[Rule, ...] = (
           State.OFF),
     _rule("DSP003", "an external launcher runs the ranks", lambda f, s: f.executor_backend != "external_launcher",
           lambda f, s: f.executor_backend, "mp, uni or ray", "--distributed-executor-backend mp", State.OFF),
-    _rule("DSP004", "elastic EP re-forms the group after start-up", lambda f, s: not f.elastic_ep,
-          lambda f, s: "elastic EP", "a fixed group", "unset VLLM_ELASTIC_EP_SCALE_UP_LAUNCH", State.OFF),
+    _absent("DSP004", "elastic EP re-forms the group after start-up", "elastic_ep", State.OFF),
     # Every pass has to use plain MC2.
     _option("DSP101", "expert parallelism decides between MC2 and all-gather", "enable_expert_parallel", True,
             "--enable-expert-parallel"),
@@ -227,28 +254,29 @@ RULES: tuple[Rule, ...] = (
           lambda f, s: f.soc not in OPERATOR_LIMIT or s.tokens_per_rank <= OPERATOR_LIMIT[f.soc],
           lambda f, s: f"{s.tokens_per_rank} tokens per EP rank on {f.soc}",
           lambda f, s: f"at most {OPERATOR_LIMIT.get(str(f.soc))}",
-          "a lower --max-num-seqs (recompute scheduler on) or --max-num-batched-tokens"),
+          lambda f, s: _smaller_step(f, OPERATOR_LIMIT.get(str(f.soc), 0) * f.tensor_parallel_size)),
     _rule("DSP106", "the HCCL window is too small for the agreed global_bs",
-          lambda f, s: s.window_mb <= f.hccl_buffsize_mb, lambda f, s: f"HCCL_BUFFSIZE={f.hccl_buffsize_mb} MB",
-          lambda f, s: f"at least {s.window_mb} MB", lambda f, s: f"HCCL_BUFFSIZE={s.window_mb}"),
+          lambda f, s: s.window_mb <= f.hccl_buffsize_mb,
+          lambda f, s: f"{f.hccl_buffsize_mb} MB" if f.hccl_buffsize_mb else "no positive number in HCCL_BUFFSIZE",
+          lambda f, s: f"at least {s.window_mb} MB", _window_flag),
     _rule("DSP107", "stock uses MC2 on A2 from 16 ranks on",
           lambda f, s: f.soc != "A2" or f.ep_world_size * f.pipeline_parallel_size >= _A2_MIN_RANKS,
-          lambda f, s: f.ep_world_size, f"at least {_A2_MIN_RANKS}", "--data-parallel-size"),
+          lambda f, s: f"{f.ep_world_size * f.pipeline_parallel_size} ranks", f"at least {_A2_MIN_RANKS}",
+          lambda f, s: f"--data-parallel-size {-(-_A2_MIN_RANKS // f.tensor_parallel_size)}"),
     _rule("DSP108", "the HCCL window cannot be computed for this model",
           lambda f, s: f.soc not in OPERATOR_LIMIT or bool(f.num_experts and f.experts_per_token),
           lambda f, s: f"{f.num_experts} experts, {f.experts_per_token} per token", "both in the model's config", ""),
     _rule("DSP109", "MC2 needs the same number of experts on each rank",
           lambda f, s: f.num_experts % f.ep_world_size == 0, lambda f, s: f"{f.num_experts} experts",
           lambda f, s: f"a multiple of {f.ep_world_size}", "--data-parallel-size"),
-    _option("DSP110", "hierarchical MC2 needs equal token counts", "hierarchy", False,
-            "unset HCCL_INTRA_PCIE_ENABLE or HCCL_INTRA_ROCE_ENABLE"),
+    _absent("DSP110", "hierarchical MC2 needs equal token counts", "hierarchy"),
     _option("DSP111", "this model type never uses MC2", "model_without_mc2", False, ""),
     _rule("DSP112", "a warm-up pass would leave MC2",
           lambda f, s: max(f.compile_sizes, default=0) <= s.bound, lambda f, s: f"compile_sizes {f.compile_sizes}",
-          lambda f, s: f"none above {s.bound}", "compile_sizes in --compilation-config"),
+          lambda f, s: f"none above {s.bound}", "smaller compile_sizes in --compilation-config"),
     # The worst case has to be enforced, and the graph mode has to be the same on all ranks.
-    _option("DSP120", "this scheduler is not known to honour its token budget", "scheduler_known", True,
-            "--scheduler-cls (leave it unset)"),
+    _rule("DSP120", "this scheduler is not known to honour its token budget", lambda f, s: f.scheduler_known,
+          lambda f, s: f.scheduler_cls, "one of vLLM's or vllm-ascend's own", "without --scheduler-cls"),
     _rule("DSP121", "a prompt that arrives without remote KV could never be scheduled in pieces",
           lambda f, s: f.splits_prompts or s.token_budget >= f.max_num_batched_tokens,
           lambda f, s: "chunked prefill off or multimodal input not split", "chunked prefill of every input",
@@ -259,27 +287,24 @@ RULES: tuple[Rule, ...] = (
     _rule("DSP123", "steps above the largest graph run eager, others as a graph",
           lambda f, s: f.graph_mode == "NONE" or s.token_budget <= max(s.capture_sizes, default=0),
           lambda f, s: f"captures up to {max(f.capture_sizes, default=0)}", lambda f, s: f"up to {s.token_budget}",
-          lambda f, s: f"a cudagraph_capture_sizes list that reaches {s.token_budget}, or --enforce-eager"),
+          lambda f, s: f"{_captures_flag(f, s)} or --enforce-eager"),
     _rule("DSP124", "the default process group does not span all ranks",
           lambda f, s: f.process_group_size in (None, f.ep_world_size * f.pipeline_parallel_size),
           lambda f, s: f.process_group_size, lambda f, s: f.ep_world_size * f.pipeline_parallel_size, ""),
     # Features whose collectives have the shape of the local batch, or that change the sequence of EP operators.
-    _option("DSP130", "this worker overrides the patched functions", "worker_cls_known", True,
-            "torchair_graph_config off and no --worker-cls"),
-    _option("DSP131", "shared-expert DP reads the token counts of other ranks", "shared_expert_dp", False,
-            "drop enable_shared_expert_dp"),
-    _option("DSP132", "sequence parallelism gathers padded batches over EP", "sequence_parallel", False,
-            "unset VLLM_ASCEND_ENABLE_FLASHCOMM1"),
+    _rule("DSP130", "this worker overrides the patched functions", lambda f, s: f.worker_cls_known,
+          lambda f, s: f.worker_cls, "the worker of vllm-ascend without torchair",
+          "without --worker-cls, torchair_graph_config and enable_shared_expert_dp"),
+    _absent("DSP131", "shared-expert DP reads the token counts of other ranks", "shared_expert_dp"),
+    _absent("DSP132", "sequence parallelism gathers padded batches over EP", "sequence_parallel"),
     _option("DSP133", "LM-head TP gathers over DP ranks", "lmhead_tensor_parallel_size", 1,
-            "drop lmhead_tensor_parallel_size"),
+            "without additional_config.lmhead_tensor_parallel_size"),
     _option("DSP134", "o_proj TP exchanges rows over DP ranks", "oproj_tensor_parallel_size", 1,
-            "drop oproj_tensor_parallel_size"),
-    _option("DSP135", "MLP TP gathers over DP ranks", "mlp_tensor_parallel", False,
-            "unset VLLM_ASCEND_ENABLE_MLP_OPTIMIZE"),
-    _option("DSP136", "dual-batch overlap must be agreed in every step", "dbo", False, "unset VLLM_ASCEND_ENABLE_DBO"),
-    _option("DSP137", "EPLB counts on equal steps and is not tested with the skip", "eplb", False,
-            "drop dynamic_eplb, expert_map_path, expert_map_record_path and init_redundancy_expert"),
-    _option("DSP138", "LoRA is not tested with the skip", "lora", False, "drop --enable-lora"),
+            "without additional_config.oproj_tensor_parallel_size"),
+    _absent("DSP135", "MLP TP gathers over DP ranks", "mlp_tensor_parallel"),
+    _absent("DSP136", "dual-batch overlap must be agreed in every step", "dbo"),
+    _absent("DSP137", "EPLB counts on equal steps and is not tested with the skip", "eplb"),
+    _absent("DSP138", "LoRA is not tested with the skip", "lora"),
     _option("DSP139", "pipeline parallelism is not tested with the skip", "pipeline_parallel_size", 1,
             "--pipeline-parallel-size 1"),
     _option("DSP140", "context parallelism is not tested with the skip", "decode_context_parallel_size", 1,

@@ -7,21 +7,22 @@ DP_SYNC_PATCH_DELEGATE_PLUGINS=off.
 """
 
 import os
+from collections.abc import Mapping
 from importlib import metadata
 
-from dp_sync_patch import settings
+from dp_sync_patch import runtime, settings
 from dp_sync_patch.errors import SettingsError, logger
 from dp_sync_patch.stock import VLLM_ASCEND
 
-_PLATFORM_GROUP = "vllm.platform_plugins"
-_GENERAL_GROUP = "vllm.general_plugins"
+PLATFORM_GROUP = "vllm.platform_plugins"
+GENERAL_GROUP = "vllm.general_plugins"
 _STOCK_PLATFORM = "ascend"
 _delegated: set[str] = set()
 
 
-def _allowed() -> list[str] | None:
+def allowed(environ: Mapping[str, str] | None = None) -> list[str] | None:
     """VLLM_PLUGINS as vLLM splits it: None = load everything; blanks are kept."""
-    value = os.environ.get("VLLM_PLUGINS")
+    value = (os.environ if environ is None else environ).get("VLLM_PLUGINS")
     return None if value is None else value.split(",")
 
 
@@ -40,8 +41,8 @@ def platform() -> str | None:
         what the filtered-out `ascend` entry point returns; None when that one is active by itself, since two active
         platforms are an error.
     """
-    allowed = _allowed()
-    if allowed is None or _STOCK_PLATFORM in allowed:
+    chosen = allowed()
+    if chosen is None or _STOCK_PLATFORM in chosen:
         return None
     try:
         if settings.load().delegate_plugins == "off":
@@ -49,26 +50,28 @@ def platform() -> str | None:
     except SettingsError as error:
         # Reported here as well, because vLLM goes on with another platform. `register` raises it.
         logger.error("%s", error)
-    for entry in _stock_entry_points(_PLATFORM_GROUP):
+    for entry in _stock_entry_points(PLATFORM_GROUP):
         if entry.name == _STOCK_PLATFORM:
             name: str | None = entry.load()()
             return name
-    logger.warning("DSP411 VLLM_PLUGINS=%s, but %s is not installed: no platform", ",".join(allowed), VLLM_ASCEND)
+    logger.warning("DSP411 VLLM_PLUGINS=%s, but %s is not installed: no platform", ",".join(chosen), VLLM_ASCEND)
     return None
 
 
 def register() -> None:
     """Entry point of `vllm.general_plugins`: check the settings, load the filtered-out Ascend plugins, once.
 
-    The import hooks are armed by importing the package. What raises here stops vLLM, as intended for bad settings.
+    The import hooks are armed by importing the package, as far as its moment allowed (see `runtime.install`). What
+    raises here stops vLLM, as intended for bad settings.
     """
     delegate = settings.load().delegate_plugins == "on"
-    allowed = _allowed()
-    if allowed is None:
+    runtime.install()
+    chosen = allowed()
+    if chosen is None:
         return
-    if padded := [name for name in allowed if name != name.strip()]:
+    if padded := [name for name in chosen if name != name.strip()]:
         logger.warning("DSP412 VLLM_PLUGINS has blanks around %s; vLLM matches names exactly", padded)
-    excluded = [entry for entry in _stock_entry_points(_GENERAL_GROUP) if entry.name not in allowed]
+    excluded = [entry for entry in _stock_entry_points(GENERAL_GROUP) if entry.name not in chosen]
     if not delegate:
         if excluded:
             names = ", ".join(entry.name for entry in excluded)

@@ -47,7 +47,7 @@ _stood_down: list[str] = []
 
 def install() -> None:
     """Arm the post-import hooks; a repeated call changes nothing. Never raises: vLLM only logs a plugin that fails to
-    import, and goes on without it. Bad settings are raised by `check_settings`, which the plugin calls."""
+    import, and goes on without it. Bad settings are raised by the plugin's `register`, which calls this once more."""
     global _armed
     try:
         if settings.load().mode == "off":
@@ -56,12 +56,17 @@ def install() -> None:
         logger.error("%s; nothing is patched", error)
         return
     _armed = True
-    for unit, module in TRIGGERS.items():
+    for unit, name in TRIGGERS.items():
+        module = sys.modules.get(name)
+        if getattr(getattr(module, "__spec__", None), "_initializing", False):
+            # vLLM resolves its platform, and so imports us, in the middle of many imports. A hook would run at once
+            # on the half-made module; `register` comes back when it is complete.
+            continue
         if unit not in _hooked:
             _hooked.add(unit)
-            wrapt.register_post_import_hook(partial(_on_import, unit), module)
+            wrapt.register_post_import_hook(partial(_on_import, unit), name)
         # A second install after uninstall() has no import to wait for.
-        elif registry.units.get(unit) is None and module in sys.modules:
+        elif registry.units.get(unit) is None and module is not None:
             _on_import(unit)
 
 
@@ -70,7 +75,7 @@ def _on_import(unit: str, _module: object = None) -> None:
     if not _armed or registry.units.get(unit) == "applied":
         return
     try:
-        entry = _supported_stock()
+        entry = stock.require()
         # A worker relies on the engine's clamp: what does not fit there must not skip here.
         for name in ("engine", "worker") if unit == "worker" else (unit,):
             if name == "worker" and _model_is_built():
@@ -85,15 +90,6 @@ def _on_import(unit: str, _module: object = None) -> None:
         if str(error) not in _stood_down:
             _stood_down.append(str(error))
             logger.warning("%s; nothing is patched, this process runs stock vllm-ascend", error)
-
-
-def _supported_stock() -> stock.Stock:
-    versions = stock.installed()
-    entry = stock.find(versions)
-    if entry is None:
-        found = ", ".join(f"{name} {version or 'not installed'}" for name, version in versions.items())
-        raise StandDownError("DSP006", f"unsupported stock: found {found}, supported {stock.supported()}")
-    return entry
 
 
 def _model_is_built() -> bool:
@@ -132,7 +128,7 @@ def engine_sizes(vllm_config: Any) -> Sizes | None:
 def _read_facts(vllm_config: Any, **known: Any) -> Facts:
     from vllm_ascend.utils import is_moe_model
 
-    return facts.read(vllm_config, _supported_stock(), is_moe=is_moe_model(vllm_config), **known)
+    return facts.read(vllm_config, stock.require(), is_moe=is_moe_model(vllm_config), **known)
 
 
 def latch(runner: Any) -> None:

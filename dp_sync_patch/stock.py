@@ -6,6 +6,8 @@ from importlib import metadata
 
 from packaging.version import InvalidVersion, Version
 
+from dp_sync_patch.errors import StandDownError
+
 VLLM_ASCEND = "vllm-ascend"
 
 
@@ -70,6 +72,20 @@ def find(versions: dict[str, str | None]) -> Stock | None:
         if _same(versions.get("vllm"), entry.vllm) and _same(versions.get(VLLM_ASCEND), entry.vllm_ascend):
             return entry
     return None
+
+
+def require() -> Stock:
+    """The entry for the installed pair.
+
+    Raises:
+        StandDownError: this pair is not supported.
+    """
+    versions = installed()
+    entry = find(versions)
+    if entry is None:
+        found = ", ".join(f"{name} {version or 'not installed'}" for name, version in versions.items())
+        raise StandDownError("DSP006", f"unsupported stock: found {found}, supported {supported()}")
+    return entry
 
 
 def _same(found: str | None, wanted: str) -> bool:

@@ -8,7 +8,6 @@ need it import nothing more than they would without the overlay.
 
 import importlib
 import inspect
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -160,7 +159,10 @@ class Registry:
 
 
 def _verify(point: PatchPoint) -> _Applied:
-    module = sys.modules.get(point.module) or importlib.import_module(point.module)
+    try:
+        module = importlib.import_module(point.module)
+    except ImportError as error:
+        raise StandDownError("DSP007", f"{point.module} cannot be imported: {error}") from None
     try:
         parent, attribute, original = wrapt.resolve_path(module, point.name)
     except AttributeError as error:

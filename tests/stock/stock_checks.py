@@ -15,34 +15,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from toy_configs import DENSE, MOE
+
 import dp_sync_patch
 import dp_sync_patch.runtime as runtime
 from dp_sync_patch.errors import DpSyncPatchError
 from dp_sync_patch.plan import Sizes, State, make_plan
-
-_MODEL = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "model_type": "qwen3_moe",
-    "torch_dtype": "bfloat16",
-    "hidden_size": 1024,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "intermediate_size": 256,
-    "moe_intermediate_size": 128,
-    "num_experts": 16,
-    "num_experts_per_tok": 8,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-    "vocab_size": 256,
-    "max_position_embeddings": 32768,
-}
-_DENSE = {
-    **{name: value for name, value in _MODEL.items() if "expert" not in name},
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-}
 
 
 def engine_config(folder: str, *, dense: bool = False, **changes: Any) -> Any:
@@ -51,7 +29,7 @@ def engine_config(folder: str, *, dense: bool = False, **changes: Any) -> Any:
 
     model = Path(folder) / ("dense" if dense else "moe")
     model.mkdir(exist_ok=True)
-    (model / "config.json").write_text(json.dumps(_DENSE if dense else _MODEL))
+    (model / "config.json").write_text(json.dumps(DENSE if dense else MOE))
     additional = {"recompute_scheduler_enable": True, **changes.pop("additional_config", {})}
     arguments: dict[str, Any] = {
         "model": str(model),
@@ -78,7 +56,7 @@ def engine_config(folder: str, *, dense: bool = False, **changes: Any) -> Any:
     import vllm_ascend.utils
 
     # Stock caches these per process as well.
-    vllm_ascend.utils._IS_MOE_MODEL = None
+    vllm_ascend.utils._IS_MOEMOE = None
     vllm_ascend.utils._ENABLE_SP = None
     return EngineArgs(**arguments).create_engine_config()
 

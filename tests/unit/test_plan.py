@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_left
 from dataclasses import replace
 from typing import Any
@@ -20,7 +21,7 @@ BREAKS: dict[str, Facts] = {
     "DSP001": decode_node(data_parallel_size=1),
     "DSP002": decode_node(is_moe=False),
     "DSP003": decode_node(executor_backend="external_launcher"),
-    "DSP004": decode_node(elastic_ep=True),
+    "DSP004": decode_node(elastic_ep="VLLM_ELASTIC_EP_SCALE_UP_LAUNCH"),
     "DSP101": decode_node(enable_expert_parallel=False),
     "DSP102": decode_node(kv_role="kv_both"),
     "DSP103": decode_node(soc="UNDEFINED"),
@@ -30,7 +31,7 @@ BREAKS: dict[str, Facts] = {
     "DSP107": decode_node(soc="A2"),
     "DSP108": decode_node(experts_per_token=0),
     "DSP109": decode_node(num_experts=62),
-    "DSP110": decode_node(hierarchy=True),
+    "DSP110": decode_node(hierarchy="HCCL_INTRA_PCIE_ENABLE=1"),
     "DSP111": decode_node(model_without_mc2=True),
     "DSP112": decode_node(compile_sizes=(8, 33)),
     "DSP120": decode_node(scheduler_known=False),
@@ -39,14 +40,14 @@ BREAKS: dict[str, Facts] = {
     "DSP123": graph_node([10], tensor_parallel_size=4, max_num_seqs=11),
     "DSP124": decode_node(process_group_size=2),
     "DSP130": decode_node(worker_cls_known=False),
-    "DSP131": decode_node(shared_expert_dp=True),
-    "DSP132": decode_node(sequence_parallel=True),
+    "DSP131": decode_node(shared_expert_dp="enable_shared_expert_dp"),
+    "DSP132": decode_node(sequence_parallel="VLLM_ASCEND_ENABLE_FLASHCOMM1"),
     "DSP133": decode_node(lmhead_tensor_parallel_size=2),
     "DSP134": decode_node(oproj_tensor_parallel_size=2),
-    "DSP135": decode_node(mlp_tensor_parallel=True),
-    "DSP136": decode_node(dbo=True),
-    "DSP137": decode_node(eplb=True),
-    "DSP138": decode_node(lora=True),
+    "DSP135": decode_node(mlp_tensor_parallel="VLLM_ASCEND_ENABLE_MLP_OPTIMIZE"),
+    "DSP136": decode_node(dbo="VLLM_ASCEND_ENABLE_DBO"),
+    "DSP137": decode_node(eplb="additional_config.dynamic_eplb"),
+    "DSP138": decode_node(lora="--enable-lora"),
     "DSP139": decode_node(pipeline_parallel_size=2),
     "DSP140": decode_node(decode_context_parallel_size=2),
     "DSP141": decode_node(speculative_method="eagle3", num_speculative_tokens=1, speculative_method_known=False,
@@ -87,7 +88,7 @@ def test_codes_are_unique() -> None:
 
 def test_nothing_to_agree_about_outside_our_business() -> None:
     assert concerns(decode_node())
-    assert concerns(decode_node(lora=True))
+    assert concerns(decode_node(lora="--enable-lora"))
     assert not concerns(decode_node(data_parallel_size=1))
     assert not concerns(decode_node(is_moe=False))
 
@@ -107,7 +108,7 @@ def test_a_refusal_from_outside_the_configuration_prevents_the_skip() -> None:
 # The numbers of public reports.
 
 
-def test_largest_graph_below_largest_batch() -> None:
+def test_field_case_01_largest_graph_below_largest_batch() -> None:
     recipe = {"num_speculative_tokens": 3, "speculative_method": "deepseek_mtp", "hccl_buffsize_mb": 1024}
     refused = make_plan(graph_node([1, 2, 4, 8, 16, 32], **recipe))
     (reason,) = refused.reasons
@@ -123,20 +124,20 @@ def test_largest_graph_below_largest_batch() -> None:
     ("max_num_seqs", "captures", "state"),
     [(12, [1, 2, 4, 8], State.SYNC), (20, [1, 2, 4, 8, 16], State.SYNC), (16, [1, 2, 4, 8, 16], State.SKIP)],
 )
-def test_max_num_seqs_off_the_capture_grid(max_num_seqs: int, captures: list[int], state: State) -> None:
+def test_field_case_02_max_num_seqs_off_the_capture_grid(max_num_seqs: int, captures: list[int], state: State) -> None:
     plan = make_plan(graph_node(captures, max_num_seqs=max_num_seqs))
     assert plan.state is state
     if state is State.SYNC:
-        assert f"reaches {max_num_seqs}" in plan.reasons[0].flag
+        assert f"{[*captures, max_num_seqs]}" in plan.reasons[0].flag
 
 
-def test_the_list_in_force_decides_not_the_requested_ceiling() -> None:
+def test_field_case_03_the_list_in_force_decides_not_the_requested_ceiling() -> None:
     node = graph_node([8, 16, 24, 32, 40], max_num_seqs=6, num_speculative_tokens=6, speculative_method="deepseek_mtp")
     assert codes(node) == ["DSP104"]
 
 
 @pytest.mark.parametrize(("tokens", "state"), [(255, State.SKIP), (256, State.SKIP), (257, State.SYNC)])
-def test_boundary_without_the_recompute_scheduler(tokens: int, state: State) -> None:
+def test_field_case_04_boundary_without_the_recompute_scheduler(tokens: int, state: State) -> None:
     changes = {
         "recompute_in_effect": False,
         "recompute_requested": False,
@@ -148,8 +149,8 @@ def test_boundary_without_the_recompute_scheduler(tokens: int, state: State) -> 
     assert make_plan(decode_node(mc2_tokens_capacity=256, **changes)).state is state
 
 
-def test_a_producer_gets_one_line() -> None:
-    node = decode_node(kv_role="kv_producer", mc2_tokens_capacity=1, lora=True)
+def test_field_case_06_a_producer_gets_one_line() -> None:
+    node = decode_node(kv_role="kv_producer", mc2_tokens_capacity=1, lora="--enable-lora")
     assert codes(node) == ["DSP102"]
 
 
@@ -163,7 +164,7 @@ def test_a_producer_gets_one_line() -> None:
         ("A3", 1, 520, State.SYNC),
     ],
 )
-def test_operator_limit_per_card(soc: str, tp: int, per_dp_rank: int, state: State) -> None:
+def test_field_case_09_operator_limit_per_card(soc: str, tp: int, per_dp_rank: int, state: State) -> None:
     node = graph_node([per_dp_rank], soc=soc, tensor_parallel_size=tp, data_parallel_size=16, max_num_seqs=per_dp_rank,
                       hccl_buffsize_mb=1 << 20)  # fmt: skip
     plan = make_plan(node)
@@ -179,7 +180,7 @@ def test_operator_limit_per_card(soc: str, tp: int, per_dp_rank: int, state: Sta
     ("largest", "buffer_mb", "starts"),
     [(16, 200, True), (26, 200, True), (27, 200, False), (128, 200, False), (27, 1024, True), (128, 1024, True)],
 )
-def test_hccl_window(largest: int, buffer_mb: int, starts: bool) -> None:
+def test_field_case_29_hccl_window(largest: int, buffer_mb: int, starts: bool) -> None:
     node = decode_node(
         data_parallel_size=32,
         hidden_size=7168,
@@ -197,7 +198,7 @@ def test_hccl_window_of_the_worked_example() -> None:
     assert compute_sizes(node).window_mb == 960
 
 
-def test_odd_sizes_under_tp() -> None:
+def test_field_case_31_odd_sizes_under_tp() -> None:
     node = graph_node([1, 2, 4, 10], tensor_parallel_size=4, data_parallel_size=2, max_num_seqs=10,
                       max_num_batched_tokens=10)  # fmt: skip
     plan = make_plan(node)
@@ -221,7 +222,7 @@ def test_recompute_flag_without_effect_names_the_cause() -> None:
     node = decode_node(recompute_in_effect=False, mc2_tokens_capacity=32)
     (reason,) = make_plan(node).reasons
     assert reason.code == "DSP104"
-    assert "another scheduler is in force" in reason.flag
+    assert "hides recompute_scheduler_enable" in reason.flag
 
 
 # For any configuration.
@@ -250,7 +251,7 @@ def any_facts(draw: st.DrawFn) -> Facts:
         "graph_mode": "PIECEWISE" if uses_graphs else "NONE",
         "capture_sizes": captures,
         "splits_prompts": draw(st.booleans()),
-        "lora": draw(st.sampled_from([False, False, False, True])),
+        "lora": draw(st.sampled_from(["", "", "", "--enable-lora"])),
     }
     return decode_node(**changes)
 
@@ -295,7 +296,7 @@ def test_tightening_a_limit_never_turns_a_refusal_into_a_skip(facts: Facts, data
         "hccl_buffsize_mb": data.draw(st.integers(0, facts.hccl_buffsize_mb)),
         "max_num_seqs": data.draw(st.integers(facts.max_num_seqs, facts.max_num_seqs + 300)),
         "max_num_batched_tokens": data.draw(st.integers(facts.max_num_batched_tokens, 8192)),
-        "lora": True,
+        "lora": "--enable-lora",
         "kv_role": "kv_both",
     }
     name = data.draw(st.sampled_from(sorted(tighter)))
@@ -337,7 +338,7 @@ def test_the_advised_max_num_seqs_turns_the_refusal_into_a_skip(facts: Facts) ->
 @given(too_many_sequences())
 def test_the_advised_capture_list_turns_the_refusal_into_a_skip(facts: Facts) -> None:
     (reason,) = make_plan(facts).reasons
-    reach = int(reason.flag.split("reaches ")[1].split(",")[0])
-    captures = [*facts.capture_sizes, reach]
-    capacity = -(-reach // facts.tensor_parallel_size) * facts.tensor_parallel_size
+    compilation = json.loads(reason.flag.split("--compilation-config '")[1].split("'")[0])
+    captures = compilation["cudagraph_capture_sizes"]
+    capacity = -(-captures[-1] // facts.tensor_parallel_size) * facts.tensor_parallel_size
     assert codes(replace(facts, capture_sizes=tuple(captures), mc2_tokens_capacity=capacity)) == []

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A `vllm serve` command line -> the plan, without an engine and without an NPU. For the tools only.
+
+Parser and configuration are vLLM's and vllm-ascend's own, so what stock rewrites (capture sizes, scheduler, graph
+mode) is in the answer. Stock keeps parts of its configuration per process: one command line per process.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from types import SimpleNamespace
+from typing import Any
+
+from dp_sync_patch import facts, settings, stock
+from dp_sync_patch.errors import DpSyncPatchError
+from dp_sync_patch.plan import OPERATOR_LIMIT, State, make_plan
+
+SOCS = tuple(OPERATOR_LIMIT)
+
+
+class CommandLineError(DpSyncPatchError):
+    """The command line cannot be turned into a configuration."""
+
+
+def explain(words: Sequence[str], soc: str) -> dict[str, Any]:
+    """What the overlay would do on a node that is started like this.
+
+    Args:
+        words: `[NAME=value ...] vllm serve MODEL flags`, or `python -m vllm.entrypoints.openai.api_server flags`.
+            The assignments are put into the environment of this process.
+        soc: A2 or A3, the device that the node will run on.
+
+    Returns:
+        JSON values: `state` (off, sync, skip), `reasons` (code, sentence, found, needed, flag), `sizes` (tokens, MB),
+        `facts`, `settings` (value and source), `command`, `soc`.
+
+    Raises:
+        CommandLineError: not a serve command, or stock refuses it.
+        SettingsError: a setting of the overlay is wrong.
+    """
+    entry = stock.require()
+    program, flags = _split(_put_in_environment(words))
+    settings.load()  # before seconds of imports
+    config = _vllm_config(program, flags)
+    configured = settings.load(config.additional_config)
+    from vllm_ascend.utils import is_moe_model
+
+    found = facts.read(
+        config,
+        entry,
+        is_moe=is_moe_model(config),
+        soc=soc,
+        mc2_tokens_capacity=_mc2_tokens_capacity(config),
+        process_group_size=config.parallel_config.world_size_across_dp,
+    )
+    plan = make_plan(found, configured.mode)
+    sources = dict(configured.sources)
+    return {
+        "command": list(words),
+        "soc": soc,
+        "state": plan.state.name.lower(),
+        "reasons": [asdict(reason) for reason in plan.reasons],
+        "sizes": asdict(plan.sizes),
+        "facts": asdict(found),
+        "settings": {name: {"value": value, "source": sources[name]} for name, value in configured.values().items()},
+        "required_but_off": configured.mode == "require" and plan.state is not State.SKIP,
+    }
+
+
+def _put_in_environment(words: Sequence[str]) -> list[str]:
+    """Leading assignments go into the environment; the rest is returned."""
+    rest = list(words)
+    while rest and "=" in rest[0] and rest[0].split("=", 1)[0].isidentifier():
+        name, value = rest.pop(0).split("=", 1)
+        os.environ[name] = value
+    # Nothing is downloaded for an explanation, unless the operator asks for it.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    return rest
+
+
+def _split(words: list[str]) -> tuple[str, list[str]]:
+    """The program, `serve` or `api_server`, and its arguments."""
+    server = "vllm.entrypoints.openai.api_server"
+    if server in words:
+        return "api_server", words[words.index(server) + 1 :]
+    if "serve" in words and any("vllm" in word for word in words[: words.index("serve")]):
+        return "serve", words[words.index("serve") :]
+    raise CommandLineError("DSP431", f"not a serve command: {' '.join(words) or '(nothing)'}")
+
+
+def _vllm_config(program: str, flags: list[str]) -> Any:
+    """The VllmConfig that the program would create from these arguments."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.utils import FlexibleArgumentParser
+
+    parser: Any = FlexibleArgumentParser(prog="vllm")
+    if program == "serve":
+        ServeSubcommand().subparser_init(parser.add_subparsers(required=True))
+    else:
+        parser = make_arg_parser(parser)
+    try:
+        args = parser.parse_args(flags)
+        if getattr(args, "model_tag", None) is not None:
+            args.model = args.model_tag
+        return AsyncEngineArgs.from_cli_args(args).create_engine_config(headless=args.headless)
+    except SystemExit:
+        raise CommandLineError("DSP431", "vLLM's parser refuses this command line, see above") from None
+    except DpSyncPatchError:
+        raise
+    except Exception as error:
+        # Whatever stock refuses with is an answer; pydantic spreads it over several lines.
+        text = " ".join(str(error).split())
+        raise CommandLineError("DSP432", f"stock refuses this command line: {type(error).__name__}: {text}") from error
+
+
+def _mc2_tokens_capacity(config: Any) -> int:
+    """Tokens per DP rank, by the method of stock's model runner on what that method reads (no runner, no device)."""
+    from vllm_ascend.worker.model_runner_v1 import NPUModelRunner
+
+    scheduler, speculative = config.scheduler_config, config.speculative_config
+    runner = SimpleNamespace(
+        compilation_config=config.compilation_config,
+        parallel_config=config.parallel_config,
+        model_config=config.model_config,
+        max_num_reqs=max(scheduler.max_num_seqs, getattr(scheduler, "decode_max_num_seqs", 0)),
+        uniform_decode_query_len=1 + (speculative.num_speculative_tokens if speculative else 0),
+        max_num_tokens=scheduler.max_num_batched_tokens,
+        _make_buffer=lambda *args, **kwargs: None,  # for multimodal input, nothing to do with the capacity
+    )
+    NPUModelRunner._init_mc2_tokens_capacity(runner)
+    capacity: int = runner.mc2_tokens_capacity
+    return capacity
