@@ -50,7 +50,7 @@ def explain(words: Sequence[str], soc: str) -> dict[str, Any]:
         entry,
         is_moe=is_moe_model(config),
         soc=soc,
-        mc2_tokens_capacity=_mc2_tokens_capacity(config),
+        mc2_tokens_capacity=mc2_tokens_capacity(config),
         process_group_size=config.parallel_config.world_size_across_dp,
     )
     plan = make_plan(found, configured.mode)
@@ -115,7 +115,7 @@ def _vllm_config(program: str, flags: list[str]) -> Any:
         raise CommandLineError("DSP432", f"stock refuses this command line: {type(error).__name__}: {text}") from error
 
 
-def _mc2_tokens_capacity(config: Any) -> int:
+def mc2_tokens_capacity(config: Any) -> int:
     """Tokens per DP rank, by the method of stock's model runner on what that method reads (no runner, no device)."""
     from vllm_ascend.worker.model_runner_v1 import NPUModelRunner
 

@@ -278,9 +278,18 @@ def _why(latched: _Latched) -> list[str]:
     return reasons
 
 
+def reported_state() -> State | None:
+    """The state in force; None before the verdict, and on all but the first rank of each DP rank."""
+    return _latched.state if _latched is not None and _reports(_latched) else None
+
+
+def _reports(latched: _Latched) -> bool:
+    return latched.rank % (latched.facts.tensor_parallel_size * latched.facts.pipeline_parallel_size) == 0
+
+
 def _report(latched: _Latched) -> None:
-    """One INFO line for the skip, one WARNING per reason against it; from the first TP rank of each DP rank."""
-    if latched.rank % (latched.facts.tensor_parallel_size * latched.facts.pipeline_parallel_size):
+    """One INFO line for the skip, one WARNING per reason against it; from the first rank of each DP rank."""
+    if not _reports(latched):
         return
     if latched.state is State.SKIP:
         sizes = latched.plan.sizes
@@ -301,7 +310,9 @@ def _in_force(state: State) -> str:
 
 
 def status() -> dict[str, Any]:
-    """Everything about this process: versions, settings with their source, points, plan and verdict."""
+    """Everything about this process: versions, settings with their source, points, plan, verdict and counters."""
+    from dp_sync_patch import metrics
+
     configured = _latched.settings if _latched is not None else settings.load()
     sources = dict(configured.sources)
     versions = stock.installed()
@@ -318,6 +329,7 @@ def status() -> dict[str, Any]:
         "reasons": [],
         "plan": None,
         "verdict": None,
+        "counters": metrics.counts.values(),
     }
     if _latched is not None:
         result["state"] = _latched.state.name.lower()

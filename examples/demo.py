@@ -306,9 +306,13 @@ class Demo:
         return self.node("prefill node", "prefill", self.prefill_port, "kv_producer", env, arguments)
 
     def decode_node(self, run: str) -> Process:
+        counters = self.output / run / "counters"
+        counters.mkdir(parents=True)
         env = {
             "VLLM_PLUGINS": STOCK_PLUGINS if run == "stock" else OVERLAY_PLUGINS,
             "ASCEND_RT_VISIBLE_DEVICES": ",".join(map(str, range(DP_SIZE))),
+            # One API server shows the counters of its engines through this directory only.
+            "PROMETHEUS_MULTIPROC_DIR": str(counters),
         }
         arguments = [
             *("--data-parallel-size", str(DP_SIZE), "--enable-expert-parallel", "--api-server-count", "1"),
@@ -349,8 +353,11 @@ class Demo:
         if failed:
             reason = f"{run}: {len(failed)} of {len(results)} requests failed, the first with: {failed[0].error}"
             raise DemoError(f"{reason}\n{decode.log} ends:\n{decode.tail()}")
-        self.resubmitted[run] = _resubmitted(f"{base_url}/health")
+        self.resubmitted[run] = int(json.loads(_get(f"{base_url}/health"))["resubmitted"])
         self._wait_until_idle(self.output / run / "ledger")
+        time.sleep(2.5)  # the overlay's counters are copied every 2 s
+        metrics = _get(f"http://{HOST}:{self.decode_port}/metrics")
+        (self.output / run / "metrics.txt").write_bytes(metrics)
         say(f"{run}: stopping the decode node")
         cluster.stop(proxy)
         cluster.stop(decode)
@@ -405,10 +412,11 @@ class Demo:
         return 1 if found else 0
 
 
-def _resubmitted(url: str) -> int:
+def _get(url: str) -> bytes:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(url, timeout=10) as response:
-        return int(json.load(response)["resubmitted"])
+        content: bytes = response.read()
+        return content
 
 
 def _median_tpot(results: list[LoadResult]) -> float:

@@ -4,7 +4,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from dp_sync_patch import runtime
+from dp_sync_patch import metrics, runtime
 from dp_sync_patch.errors import MC2OnlyError
 from dp_sync_patch.patches import PatchPoint
 
@@ -19,6 +19,7 @@ def assert_mc2(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...]
     sizes = runtime.skip_sizes
     if sizes is not None and chosen.name != "MC2" and not instance.in_profile_run:
         num_tokens = args[0] if args else kwargs["num_tokens"]
+        metrics.refused()
         raise MC2OnlyError(
             "DSP301",
             f"DP rank {instance.dp_rank}: a step of {num_tokens} tokens would use {chosen.name}, but the ranks agreed "

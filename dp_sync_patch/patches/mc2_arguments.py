@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from vllm.forward_context import get_forward_context
 
-from dp_sync_patch import runtime
+from dp_sync_patch import metrics, runtime
 from dp_sync_patch.errors import MC2OnlyError
 from dp_sync_patch.patches import PatchPoint
 
@@ -24,6 +24,7 @@ def fix_dispatch_arguments(
     if sizes is not None:
         rows = arguments["x"].shape[0]
         if rows > sizes.tokens_per_rank:
+            metrics.refused()
             raise MC2OnlyError(
                 "DSP302",
                 f"EP rank {instance.ep_rank_id}: {rows} rows for dispatch, but the ranks agreed on at most "

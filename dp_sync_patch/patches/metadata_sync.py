@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from vllm.forward_context import BatchDescriptor
 
-from dp_sync_patch import runtime
+from dp_sync_patch import metrics, runtime
 from dp_sync_patch.patches import PatchPoint
 
 SyncResult = tuple[int, torch.Tensor, bool, bool]
@@ -15,9 +15,22 @@ SyncResult = tuple[int, torch.Tensor, bool, bool]
 
 def skip_all_reduce(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """In `skip`: the local count, no communication. Profile runs stay with stock (all ranks run them together)."""
-    if runtime.skip_sizes is None or instance.in_profile_run:
+    if instance.in_profile_run:
         return wrapped(*args, **kwargs)
-    return _local_result(instance, *args, **kwargs)
+    counts = metrics.counts
+    own = args[0] if args else kwargs["num_tokens"]
+    sizes = runtime.skip_sizes
+    if sizes is None:
+        result = wrapped(*args, **kwargs)
+        counts.passes_synced += 1
+        counts.passes_ragged += result[0] > own
+    else:
+        result = _local_result(instance, *args, **kwargs)
+        counts.passes_skipped += 1
+        counts.passes_ragged += result[0] < sizes.bound
+        counts.padding_avoided_tokens += sizes.bound - result[0]
+    counts.padding_tokens += result[0] - own
+    return result
 
 
 def _local_result(runner: Any, num_tokens: int, with_prefill: bool, enable_dbo: bool) -> SyncResult:

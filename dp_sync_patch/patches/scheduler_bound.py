@@ -4,7 +4,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from dp_sync_patch import runtime
+from dp_sync_patch import metrics, runtime
 from dp_sync_patch.errors import logger
 from dp_sync_patch.patches import PatchPoint
 
@@ -28,6 +28,7 @@ def clamp_token_budget(
             scheduler.max_num_scheduled_tokens,
         )
         scheduler.max_num_scheduled_tokens = sizes.token_budget
+    metrics.start_in_workers(instance)
     return wrapped(*args, **kwargs)
 
 

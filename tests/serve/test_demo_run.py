@@ -12,6 +12,8 @@ from pathlib import Path
 import demo
 import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from serve_node import read_rank
 
 
 @pytest.mark.timeout(900)
@@ -39,6 +41,31 @@ def test_the_demo_shows_what_it_promises(tmp_path: Path) -> None:
         assert f"DSP000 skip: no DP metadata all_reduce on rank {rank};" in log
     assert "DSP" not in (output / "stock" / "node.log").read_text(errors="replace")
 
+    check_counters(output)
+
     left = [p.pid for p in psutil.process_iter(["cmdline"]) if str(output) in " ".join(p.info["cmdline"] or [])]
     assert left == []
     assert set(os.listdir("/dev/shm")) <= segments
+
+
+def check_counters(output: Path) -> None:
+    """The overlay's counters on the decode node's /metrics against the ledgers of its ranks."""
+    text = (output / "overlay" / "metrics.txt").read_text()
+    assert "vllm:generation_tokens_total" in text
+    found: dict[str, dict[str, float]] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name.startswith("dp_sync_patch_"):
+                assert sample.labels["model_name"] == demo.MODEL
+                found.setdefault(sample.labels["engine"], {})[sample.name.removeprefix("dp_sync_patch_")] = sample.value
+    assert sorted(found) == [str(rank) for rank in range(demo.DP_SIZE)]
+    ranks = [read_rank(path) for path in sorted((output / "overlay" / "ledger").iterdir())]
+    for counters, rank in zip((found[engine] for engine in sorted(found)), ranks, strict=True):
+        assert counters["skip"] == 1
+        # A few warm-up passes come on top of the steps.
+        assert rank.steps <= counters["passes_skipped_total"] <= rank.steps + 8
+        assert counters["passes_synced_total"] == counters["mc2_only_errors_total"] == 0
+        assert 0 < counters["passes_ragged_total"] <= counters["passes_skipped_total"]
+        assert counters["padding_tokens_total"] == 0  # eager: no graph sizes
+        assert 0 < counters["padding_avoided_tokens_total"] < 8 * counters["passes_skipped_total"]
+    assert "dp_sync_patch" not in (output / "stock" / "metrics.txt").read_text()

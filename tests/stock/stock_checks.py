@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +18,7 @@ from toy_configs import DENSE, MOE
 
 import dp_sync_patch
 import dp_sync_patch.runtime as runtime
+from dp_sync_patch.command_line import mc2_tokens_capacity
 from dp_sync_patch.errors import DpSyncPatchError
 from dp_sync_patch.plan import Sizes, State, make_plan
 
@@ -56,7 +56,7 @@ def engine_config(folder: str, *, dense: bool = False, **changes: Any) -> Any:
     import vllm_ascend.utils
 
     # Stock caches these per process as well.
-    vllm_ascend.utils._IS_MOEMOE = None
+    vllm_ascend.utils._IS_MOE_MODEL = None
     vllm_ascend.utils._ENABLE_SP = None
     return EngineArgs(**arguments).create_engine_config()
 
@@ -75,28 +75,9 @@ def decisions(folder: str) -> dict[str, Any]:
         },
         "async_scheduling": {"async_scheduling": True},
         "no_recompute": {"additional_config": {"recompute_scheduler_enable": False}, "max_num_batched_tokens": 16},
-        "unsplit_multimodal_input": {"disable_chunked_mm_input": True},
-        "producer": {"kv_transfer_config": {"kv_connector": "SharedStorageConnector", "kv_role": "kv_producer"}},
-        "both": {"kv_transfer_config": {"kv_connector": "SharedStorageConnector", "kv_role": "kv_both"}},
-        "no_kv_transfer": {"kv_transfer_config": None},
-        "no_expert_parallel": {"enable_expert_parallel": None},
-        "one_rank": {"data_parallel_size": 1},
-        "dense": {"dense": True, "enable_expert_parallel": None},
         "piecewise": {**graphs, "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 40]}},
         "piecewise_default": {**graphs},
         "piecewise_short": {**graphs, "compilation_config": {"cudagraph_capture_sizes": [8, 4, 2, 1]}},
-        "full_decode_only": {**graphs, "compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY"}},
-        "lmhead_tp": {"additional_config": {"lmhead_tensor_parallel_size": 2}},
-        "shared_expert_dp": {"additional_config": {"enable_shared_expert_dp": True}},
-        "eplb": {"additional_config": {"dynamic_eplb": True}},
-    }
-    environments = {
-        "flashcomm1": {"VLLM_ASCEND_ENABLE_FLASHCOMM1": "1"},
-        "mlp_tp": {"VLLM_ASCEND_ENABLE_MLP_OPTIMIZE": "1"},
-        "dbo": {"VLLM_ASCEND_ENABLE_DBO": "1"},
-        "hierarchy": {"HCCL_INTRA_PCIE_ENABLE": "1", "HCCL_INTRA_ROCE_ENABLE": "0"},
-        "one_half_of_hierarchy": {"HCCL_INTRA_PCIE_ENABLE": "1"},
-        "small_window": {"HCCL_BUFFSIZE": "1"},
     }
     found: dict[str, Any] = {}
 
@@ -105,7 +86,7 @@ def decisions(folder: str) -> dict[str, Any]:
         facts = runtime._read_facts(
             config,
             soc="A3",
-            mc2_tokens_capacity=_stock_capacity(config),
+            mc2_tokens_capacity=mc2_tokens_capacity(config),
             process_group_size=config.parallel_config.data_parallel_size,
         )
         plan = make_plan(facts)
@@ -120,27 +101,7 @@ def decisions(folder: str) -> dict[str, Any]:
 
     for name, changes in variants.items():
         record(name, **changes)
-    for name, environ in environments.items():
-        os.environ.update(environ)
-        record(name)
-        for variable in environ:
-            del os.environ[variable]
     return found
-
-
-def _stock_capacity(config: Any) -> int:
-    """mc2_tokens_capacity, worked out by stock's own method."""
-    from vllm_ascend.worker.model_runner_v1 import NPUModelRunner
-
-    runner = object.__new__(NPUModelRunner)
-    runner.compilation_config = config.compilation_config
-    runner.parallel_config = config.parallel_config
-    runner.model_config = config.model_config
-    runner.max_num_reqs = config.scheduler_config.max_num_seqs
-    runner.uniform_decode_query_len = 1
-    runner._init_mc2_tokens_capacity()
-    capacity: int = runner.mc2_tokens_capacity
-    return capacity
 
 
 def chunking(folder: str) -> dict[str, Any]:
@@ -176,7 +137,7 @@ def chunking(folder: str) -> dict[str, Any]:
             alone, KVCacheConfig(1000, [], [layers]), StructuredOutputManager(alone)
         )
         before = scheduler.max_num_scheduled_tokens
-        engine = SimpleNamespace(vllm_config=config, scheduler=scheduler, dp_rank=0)
+        engine = SimpleNamespace(log_stats=False, vllm_config=config, scheduler=scheduler, dp_rank=0)
         clamp_token_budget(lambda: None, engine, (), {})
         clamped = scheduler.max_num_scheduled_tokens
         # Without recompute the plan's budget is max_num_batched_tokens; the attribute has to work there as well.
@@ -445,7 +406,7 @@ def latching(folder: str) -> dict[str, Any]:
         runner = object.__new__(NPUModelRunner)
         runner.vllm_config = config
         runner.compilation_config = config.compilation_config
-        runner.mc2_tokens_capacity = _stock_capacity(config)
+        runner.mc2_tokens_capacity = mc2_tokens_capacity(config)
         runner.aclgraph_batch_sizes = list(reversed(config.compilation_config.cudagraph_capture_sizes))
         return runner
 
@@ -507,7 +468,7 @@ def refusing(folder: str) -> dict[str, Any]:
         config = engine_config(folder, **changes)
         runner = object.__new__(NPUModelRunner)
         runner.vllm_config = config
-        runner.mc2_tokens_capacity = _stock_capacity(config)
+        runner.mc2_tokens_capacity = mc2_tokens_capacity(config)
         error = _error_of(lambda: runtime.latch(runner))
         assert runtime.skip_sizes is None
         return {"error": error, "state": dp_sync_patch.status()["state"], "reasons": dp_sync_patch.status()["reasons"]}

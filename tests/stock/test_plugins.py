@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from fresh import PROJECT, run
+from fresh import PROJECT, run_fresh
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -52,7 +52,7 @@ def site(tmp_path: Path) -> str:
 )
 def test_vllm_plugins(site: str, plugins: str | None, npu: bool, overlay: bool) -> None:
     environ = {"PYTHONPATH": site} | ({} if plugins is None else {"VLLM_PLUGINS": plugins})
-    found, log = run(_LOAD, **environ)
+    found, log = run_fresh(_LOAD, **environ)
     assert found["platform"] == ("NPUPlatform" if npu else "UnspecifiedPlatform")
     assert found["device"] == ("npu" if npu else "")
     assert found["connector"] is npu
