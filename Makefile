@@ -10,10 +10,11 @@ UV := $(TOOLS)/bin/uv
 REQUIREMENTS := tests/stock/envs/$(STOCK)
 NPU_SOURCES := $(shell find tests/virtual_npu -type f -not -name '*.md' -not -path '*/tests/*' -not -name '*.pyc')
 
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test test-long lint clean
 help:
 	@echo "make demo   prefill/decode pair over HTTP, stock against overlay; writes build/demo/report.json (ARGS=--help)"
 	@echo "make test   lint, type check and all default tests"
+	@echo "make test-long  the cases that the default run leaves out"
 	@echo "make lint   ruff and mypy only"
 	@echo "make clean  remove build/"
 
@@ -22,6 +23,9 @@ demo: setup
 
 test: setup lint
 	$(PY) -m pytest tests $(ARGS)
+
+test-long: setup
+	$(PY) -m pytest tests -m long $(ARGS)
 
 lint: $(VENV)/.stock
 	$(PY) -m ruff check .
