@@ -100,3 +100,32 @@ def test_other_pytest_runs_are_left_alone(tmp_path: Path) -> None:
     code, output = run_checks(tmp_path)
     assert code == 0, output
     assert "dp_sync_patch" not in output
+
+
+def check_command(*words: str, **environ: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "dp_sync_patch", "check", *words],
+        capture_output=True, text=True, timeout=280, check=False, env=environment(**environ),
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stdout
+
+
+def test_the_check_command_is_green_on_stock(tmp_path: Path) -> None:
+    command = shlex.split(serve_command(tmp_path))
+    code, out = check_command("--soc", "A3", "--json", "--", *command, VLLM_PLUGINS="dp_sync_patch")
+    answer = json.loads(out)
+    assert (code, answer["problems"]) == (0, [])
+    assert answer["plan"]["state"] == "skip"
+    assert answer["process"]["units"] == {"worker": "applied", "engine": "applied"}
+    assert len(answer["process"]["points"]) == 9
+    assert answer["VLLM_PLUGINS"] == ["dp_sync_patch"]
+    assert answer["versions"]["vllm-ascend"] == "0.11.0"
+
+
+def test_the_check_command_is_red_where_vllm_would_not_load_the_overlay() -> None:
+    code, out = check_command(VLLM_PLUGINS="ascend,dp_sync_patchh", DP_SYNC_PATCH_DELEGATE_PLUGINS="off")
+    assert code == 1
+    assert "did you mean dp_sync_patch?" in out
+    assert "DSP424 VLLM_PLUGINS=ascend,dp_sync_patchh leaves the overlay out" in out
+    assert out.splitlines()[-2] == "check: problems found"
