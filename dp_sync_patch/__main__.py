@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """python -m dp_sync_patch status | check | explain. Each answers for this environment, not for a running server.
 
-Exit status: 0 all right (explain: the plan is `skip`), 1 it is not, 2 it cannot be worked out.
+Exit status: 0 all right (explain: the plan is `skip`), 1 it is not, 2 it cannot be worked out or a usage error.
+
+With --json one object is printed. Each of them has `findings` (code, severity, sentence, advice); where something
+cannot be worked out, `error`. Besides these
+    status: what `environment.describe` gives, and `process`, which is `dp_sync_patch.status()` after stock is imported;
+    check: the same, `problems` (a text for each thing that is wrong), and with a command line `plan`, as `explain`;
+    explain: what `command_line.explain` gives.
 """
 
 import argparse
 import contextlib
-import importlib
 import json
 import logging
 import os
@@ -17,7 +22,6 @@ from typing import Any
 import dp_sync_patch
 from dp_sync_patch import command_line, environment
 from dp_sync_patch.errors import DpSyncPatchError
-from dp_sync_patch.patches import TRIGGERS
 
 OK, NOT_OK, UNKNOWN = 0, 1, 2
 
@@ -27,14 +31,15 @@ def main(argv: list[str] | None = None) -> int:
     code: int
     answer: dict[str, Any]
     options = _parser().parse_args(argv)
-    command = [word for word in options.command if word != "--"] if options.name != "status" else []
+    command = getattr(options, "command", [])
+    if command[:1] == ["--"]:
+        command = command[1:]
     with _stdout_to_stderr(quiet=not options.verbose):
         try:
             code, answer = options.run(command, getattr(options, "soc", None))
         except DpSyncPatchError as error:
-            code, answer = UNKNOWN, {"error": str(error)}
-        except ImportError as error:
-            code, answer = UNKNOWN, {"error": f"DSP430 stock cannot be imported: {_first_line(error)}"}
+            # What is wrong with the environment often is the cause.
+            code, answer = UNKNOWN, {"error": str(error), "findings": _findings()}
     print(json.dumps(answer, indent=2, sort_keys=True) if options.json else "\n".join(_lines(options.name, answer)))
     return code
 
@@ -64,48 +69,80 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def status(command: list[str], soc: str | None) -> tuple[int, dict[str, Any]]:
-    """Describe; 2 when stock cannot be imported here."""
+    """Describe; 2 when stock cannot be imported here, or a setting is wrong."""
     answer = environment.describe()
     try:
-        for module in TRIGGERS.values():
-            importlib.import_module(module)
-    except Exception as error:  # noqa: BLE001  torch_npu raises what it likes where its libraries are missing
-        answer["error"] = f"DSP430 stock cannot be imported: {_first_line(error)}"
-    answer["process"] = dp_sync_patch.status()
+        command_line.import_stock()
+    except DpSyncPatchError as error:
+        answer["error"] = str(error)
+    try:
+        answer["process"] = dp_sync_patch.status()
+    except DpSyncPatchError as error:
+        answer["error"] = str(error)
     return (UNKNOWN if "error" in answer else OK), answer
 
 
 def check(command: list[str], soc: str | None) -> tuple[int, dict[str, Any]]:
     """Judge: 1 when something keeps the overlay from working here, or `command` from skipping."""
-    _, answer = status([], None)
-    problems = [str(environment.Finding(**finding)) for finding in answer["findings"]]
-    if "error" in answer:
-        return UNKNOWN, {**answer, "problems": [*problems, answer["error"]]}
-    units = answer["process"]["units"]
-    problems += [f"error: unit {unit}: {state}" for unit, state in units.items() if state != "applied"]
-    count = len(answer["process"]["points"])
-    if (undone := dp_sync_patch.uninstall()) != count:
-        problems.append(f"error: DSP007 {undone} of {count} patch points could be undone")
-    dp_sync_patch.runtime.install()
-    from vllm.platforms import current_platform
-
-    if current_platform.device_type != "npu":
-        problems.append(f"error: DSP425 vLLM's platform here is {type(current_platform).__name__}, not the Ascend one")
     if command:
         if soc is None:
             raise command_line.CommandLineError("DSP431", "--soc is needed with a command line")
-        answer["plan"] = command_line.explain(command, soc)
+        command_line.prepare(command)  # its assignments hold for everything below
+    code, answer = status([], None)
+    problems = [str(environment.Finding(**finding)) for finding in answer["findings"]]
+    answer["problems"] = problems
+    if code == UNKNOWN:
+        return code, answer
+    problems += [f"error: {problem}" for problem in _patch_problems(answer["process"])]
+    problems += [f"error: DSP425 {problem}" for problem in _platform_problems()]
+    if command:
+        try:
+            answer["plan"] = command_line.explain(command, str(soc))
+        except DpSyncPatchError as error:
+            return UNKNOWN, {**answer, "error": str(error)}
         if answer["plan"]["state"] != "skip":
             problems += [f"error: {_reason(reason)}" for reason in answer["plan"]["reasons"]]
-    return (NOT_OK if problems else OK), {**answer, "problems": problems}
+    return (NOT_OK if problems else OK), answer
+
+
+def _patch_problems(process: dict[str, Any]) -> Iterator[str]:
+    """Whether everything was applied and can be undone. Leaves the process as an import of the overlay does."""
+    if process["settings"]["mode"]["value"] == "off":
+        yield "DSP005 switched off by its own setting: mode=off, nothing is patched"
+        return
+    yield from (f"unit {unit}: {state}" for unit, state in process["units"].items() if state != "applied")
+    try:
+        undone = dp_sync_patch.uninstall()
+    except DpSyncPatchError as error:
+        yield str(error)
+        return
+    if undone != len(process["points"]):
+        yield f"DSP007 {undone} of {len(process['points'])} patch points could be undone"
+    dp_sync_patch.runtime.install()
+
+
+def _platform_problems() -> Iterator[str]:
+    """What vLLM's own plugin loader makes of this environment."""
+    from vllm.platforms import current_platform
+    from vllm.plugins import load_general_plugins
+
+    if current_platform.device_type != "npu":
+        yield f"vLLM's platform here is {type(current_platform).__name__}, not the Ascend one"
+    try:
+        load_general_plugins()
+    except Exception as error:  # noqa: BLE001  any plugin of anybody, and it stops vLLM
+        yield f"vLLM would stop while it loads its plugins: {type(error).__name__}: {error}"
 
 
 def explain(command: list[str], soc: str | None) -> tuple[int, dict[str, Any]]:
-    """The plan: 0 skip, 1 sync or off."""
+    """The plan: 0 skip, 1 sync or off, or something keeps the overlay from being loaded."""
     answer = command_line.explain(command, str(soc))
-    # After the assignments of the command line are in the environment.
-    answer["findings"] = [vars(finding) for finding in environment.findings()]
+    answer["findings"] = _findings()  # after the assignments of the command line are in the environment
     return (OK if answer["state"] == "skip" and not answer["findings"] else NOT_OK), answer
+
+
+def _findings() -> list[dict[str, Any]]:
+    return [vars(finding) for finding in environment.findings()]
 
 
 def _lines(name: str, answer: dict[str, Any]) -> Iterator[str]:
@@ -151,17 +188,20 @@ def _plan_lines(plan: dict[str, Any]) -> Iterator[str]:
     yield f"  HCCL window: {sizes['window_mb']} MB needed, HCCL_BUFFSIZE {facts['hccl_buffsize_mb']} MB"
     captures = f"captures {list(facts['capture_sizes'])}" if facts["graph_mode"] != "NONE" else "eager"
     yield f"  graph mode {facts['graph_mode']}: {captures}; scheduler {facts['scheduler_cls']}"
-    if plan["required_but_off"]:
-        yield "  mode=require: the node would refuse to start"
-    yield "  Every rank has to come to the same plan; they compare it when they start."
+    if plan["state"] == "skip":
+        yield (
+            f"  in force: no DP metadata all_reduce; mc2_tokens_capacity {sizes['bound']}, captures "
+            f"{list(sizes['capture_sizes'])}, scheduler budget {sizes['token_budget']}"
+        )
+    elif plan["required_but_off"]:
+        yield "  in force: mode=require, the node refuses to start"
+    else:
+        yield "  in force: stock vllm-ascend, with its all_reduce"
+    yield from (f"  note: {note}" for note in plan["notes"])
 
 
 def _reason(reason: dict[str, str]) -> str:
     return str(dp_sync_patch.plan.Refusal(**reason))
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 @contextlib.contextmanager

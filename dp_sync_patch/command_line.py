@@ -5,7 +5,10 @@ Parser and configuration are vLLM's and vllm-ascend's own, so what stock rewrite
 mode) is in the answer. Stock keeps parts of its configuration per process: one command line per process.
 """
 
+import importlib
 import os
+import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -13,13 +16,47 @@ from typing import Any
 
 from dp_sync_patch import facts, settings, stock
 from dp_sync_patch.errors import DpSyncPatchError
+from dp_sync_patch.patches import TRIGGERS
 from dp_sync_patch.plan import OPERATOR_LIMIT, State, make_plan
 
+# Given by the operator: asking the device for its name would initialise it.
 SOCS = tuple(OPERATOR_LIMIT)
+_API_SERVER = "vllm.entrypoints.openai.api_server"
 
 
 class CommandLineError(DpSyncPatchError):
     """The command line cannot be turned into a configuration."""
+
+
+class StockImportError(DpSyncPatchError):
+    """vLLM, vllm-ascend or torch_npu cannot be imported here."""
+
+
+def import_stock() -> None:
+    """Import what the patches wait for, and with it all of stock.
+
+    Raises:
+        StockImportError: one line with the package that fails and the cause.
+    """
+    try:
+        for module in TRIGGERS.values():
+            importlib.import_module(module)
+    except DpSyncPatchError:
+        raise
+    except Exception as error:
+        # torch_npu raises what it likes where its libraries are missing, and torch wraps that once more.
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        line = f"{type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[0]}"
+        raise StockImportError("DSP430", f"stock cannot be imported: {line}{_where(cause)}") from error
+
+
+def _where(error: BaseException) -> str:
+    """The package that raised, unless that was an import statement of our own."""
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    passed_over = (*sys.stdlib_module_names, "__main__", "dp_sync_patch")
+    return next((f" (in {top})" for name in reversed(modules) if (top := name.split(".")[0]) not in passed_over), "")
 
 
 def explain(words: Sequence[str], soc: str) -> dict[str, Any]:
@@ -32,15 +69,19 @@ def explain(words: Sequence[str], soc: str) -> dict[str, Any]:
 
     Returns:
         JSON values: `state` (off, sync, skip), `reasons` (code, sentence, found, needed, flag), `sizes` (tokens, MB),
-        `facts`, `settings` (value and source), `command`, `soc`.
+        `facts`, `settings` (value and source), `command`, `soc`, `required_but_off` (`mode=require` would stop the
+        node), `notes` (what a command line cannot tell).
 
     Raises:
         CommandLineError: not a serve command, or stock refuses it.
         SettingsError: a setting of the overlay is wrong.
+        StandDownError: this stock is not supported.
+        StockImportError: see there.
     """
     entry = stock.require()
-    program, flags = _split(_put_in_environment(words))
+    program, flags = prepare(words)
     settings.load()  # before seconds of imports
+    import_stock()
     config = _vllm_config(program, flags)
     configured = settings.load(config.additional_config)
     from vllm_ascend.utils import is_moe_model
@@ -64,28 +105,44 @@ def explain(words: Sequence[str], soc: str) -> dict[str, Any]:
         "facts": asdict(found),
         "settings": {name: {"value": value, "source": sources[name]} for name, value in configured.values().items()},
         "required_but_off": configured.mode == "require" and plan.state is not State.SKIP,
+        "notes": _notes(config.parallel_config),
     }
 
 
-def _put_in_environment(words: Sequence[str]) -> list[str]:
-    """Leading assignments go into the environment; the rest is returned."""
-    rest = list(words)
-    while rest and "=" in rest[0] and rest[0].split("=", 1)[0].isidentifier():
-        name, value = rest.pop(0).split("=", 1)
-        os.environ[name] = value
+def prepare(words: Sequence[str]) -> tuple[str, list[str]]:
+    """Put the assignments in front of the program (`NAME=value`, also after `env`) into the environment.
+
+    Returns:
+        the program, `serve` or `api_server`, and its arguments.
+
+    Raises:
+        CommandLineError: not a serve command.
+    """
+    if _API_SERVER in words:
+        program, at = "api_server", words.index(_API_SERVER) + 1
+    elif "serve" in words and any("vllm" in word for word in words[: words.index("serve")]):
+        program, at = "serve", words.index("serve")
+    else:
+        raise CommandLineError("DSP431", f"not a serve command: {' '.join(words) or '(nothing)'}")
+    for name, equals, value in (word.partition("=") for word in words[:at]):
+        if equals and name.isidentifier():
+            os.environ[name] = value
     # Nothing is downloaded for an explanation, unless the operator asks for it.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    return rest
+    return program, list(words[at:])
 
 
-def _split(words: list[str]) -> tuple[str, list[str]]:
-    """The program, `serve` or `api_server`, and its arguments."""
-    server = "vllm.entrypoints.openai.api_server"
-    if server in words:
-        return "api_server", words[words.index(server) + 1 :]
-    if "serve" in words and any("vllm" in word for word in words[: words.index("serve")]):
-        return "serve", words[words.index("serve") :]
-    raise CommandLineError("DSP431", f"not a serve command: {' '.join(words) or '(nothing)'}")
+def _notes(parallel: Any) -> list[str]:
+    """What a command line cannot tell."""
+    notes = [
+        "every rank has to come to the same plan; they compare it when they start",
+        "environment variables that the command line does not set are those of this shell",
+    ]
+    if parallel.data_parallel_external_lb:
+        notes.append(f"this is DP rank {parallel.data_parallel_rank} alone: explain the command line of each rank")
+    if "ray" in (parallel.data_parallel_backend, parallel.distributed_executor_backend):
+        notes.append("Ray workers do not inherit DP_SYNC_PATCH_*; settings have to be in --additional-config")
+    return notes
 
 
 def _vllm_config(program: str, flags: list[str]) -> Any:
@@ -95,12 +152,12 @@ def _vllm_config(program: str, flags: list[str]) -> Any:
     from vllm.entrypoints.openai.cli_args import make_arg_parser
     from vllm.utils import FlexibleArgumentParser
 
-    parser: Any = FlexibleArgumentParser(prog="vllm")
-    if program == "serve":
-        ServeSubcommand().subparser_init(parser.add_subparsers(required=True))
-    else:
-        parser = make_arg_parser(parser)
     try:
+        parser: Any = FlexibleArgumentParser(prog="vllm")
+        if program == "serve":
+            ServeSubcommand().subparser_init(parser.add_subparsers(required=True))
+        else:
+            parser = make_arg_parser(parser)
         args = parser.parse_args(flags)
         if getattr(args, "model_tag", None) is not None:
             args.model = args.model_tag

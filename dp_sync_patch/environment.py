@@ -55,11 +55,12 @@ def findings(environ: Mapping[str, str] | None = None) -> list[Finding]:
         stock.require()
     except DpSyncPatchError as error:
         found.append(_from(error, "install a supported pair"))
+    delegates = True
     try:
-        settings.load(environ=environ)
+        delegates = settings.load(environ=environ).delegate_plugins == "on"
     except DpSyncPatchError as error:
         found.append(_from(error, "correct or unset it"))
-    return found + _entry_point_findings() + _plugin_findings(plugin.allowed(environ))
+    return found + _entry_point_findings() + _plugin_findings(plugin.allowed(environ), delegates)
 
 
 def _from(error: DpSyncPatchError, advice: str) -> Finding:
@@ -88,7 +89,8 @@ def _entry_point_findings() -> list[Finding]:
     return found
 
 
-def _plugin_findings(allowed: list[str] | None) -> list[Finding]:
+def _plugin_findings(allowed: list[str] | None, delegates: bool) -> list[Finding]:
+    """What vLLM would pass over in silence. Without VLLM_PLUGINS it loads everything."""
     if allowed is None:
         return []
     value = f"VLLM_PLUGINS={','.join(allowed)}"
@@ -100,7 +102,7 @@ def _plugin_findings(allowed: list[str] | None) -> list[Finding]:
             continue
         if name.strip() in known:
             sentence = f"{value}: vLLM matches names exactly, and {name!r} has blanks"
-            found.append(Finding("DSP412", "error", sentence, "remove the blanks"))
+            found.append(Finding("DSP412", "warning", sentence, "remove the blanks"))
             continue
         close = get_close_matches(name.strip(), sorted(known), n=1)
         advice = f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}"
@@ -108,7 +110,18 @@ def _plugin_findings(allowed: list[str] | None) -> list[Finding]:
     if DISTRIBUTION not in allowed:
         what = "loads no plugin at all, not even the Ascend platform" if allowed == [""] else "leaves the overlay out"
         found.append(Finding("DSP424", "error", f"{value} {what}", f"add {DISTRIBUTION}, or unset the variable"))
+    elif not delegates and (missing := sorted(_stock_plugins() - set(allowed))):
+        sentence = f"{value} leaves out {', '.join(missing)}, and delegate_plugins=off keeps it so"
+        found.append(Finding("DSP413", "error", sentence, "name them too, or set delegate_plugins=on"))
     return found
+
+
+def _stock_plugins() -> set[str]:
+    try:
+        entries = metadata.distribution(stock.VLLM_ASCEND).entry_points
+    except metadata.PackageNotFoundError:
+        return set()
+    return {entry.name for entry in entries if entry.group in (plugin.GENERAL_GROUP, plugin.PLATFORM_GROUP)}
 
 
 def _version(name: str) -> str | None:

@@ -10,6 +10,8 @@ number is about this rank; those of all ranks add up.
 import os
 import threading
 import time
+from dataclasses import asdict, dataclass
+from multiprocessing.util import Finalize
 from typing import Any
 
 from dp_sync_patch import runtime
@@ -19,33 +21,35 @@ from dp_sync_patch.plan import State
 _PERIOD_S = 2.0
 _LOG_EVERY = 300  # periods, hence ten minutes
 
+# A pass is what stock agrees about once: a target pass, or one round of MTP drafts, however many passes that has.
 HELP = {
-    "passes_skipped": "Target and draft passes whose DP metadata all_reduce was skipped.",
-    "passes_synced": "Target and draft passes that went through stock's DP metadata all_reduce.",
+    "passes_skipped": "Target passes and rounds of MTP drafts without the DP metadata all_reduce.",
+    "passes_synced": "Target passes and rounds of MTP drafts that went through stock's DP metadata all_reduce.",
     "passes_ragged": "skip: passes with fewer tokens than the agreed bound; sync: passes padded to a busier rank.",
-    "padding_tokens": "Tokens computed beyond this rank's own: up to the busiest rank (sync), to a graph size (skip).",
-    "padding_avoided_tokens": "skip: tokens between the count used and the agreed bound, at most what sync would add.",
+    "padding_tokens": "Tokens added to a pass: up to the busiest rank (sync), a dummy's up to a graph size (skip).",
+    "padding_avoided_tokens": "skip: tokens between a pass and the agreed bound, at most what sync would have added.",
+    "draft_passes_added": "skip: dummy draft passes after a batch with prefill, so that all ranks run equally many.",
     "mc2_only_errors": "Passes refused because they would have left MC2 or exceeded the agreed bound.",
 }
 
 
+@dataclass(slots=True)
 class Counts:
-    """What happened in this process since it started. Profile runs do not count."""
+    """What happened in this process since it started, warm-up included. Profile runs do not count.
 
-    __slots__ = tuple(HELP)
-    passes_skipped: int
-    passes_synced: int
-    passes_ragged: int
-    padding_tokens: int
-    padding_avoided_tokens: int
-    mc2_only_errors: int
+    With one DP rank stock's method returns at once, which counts as synced.
+    """
 
-    def __init__(self) -> None:
-        for name in HELP:
-            setattr(self, name, 0)
+    passes_skipped: int = 0
+    passes_synced: int = 0
+    passes_ragged: int = 0
+    padding_tokens: int = 0
+    padding_avoided_tokens: int = 0
+    draft_passes_added: int = 0
+    mc2_only_errors: int = 0
 
     def values(self) -> dict[str, int]:
-        return {name: getattr(self, name) for name in HELP}
+        return asdict(self)
 
 
 counts = Counts()
@@ -53,7 +57,7 @@ _exporter: "_Exporter | None" = None
 
 
 def refused() -> None:
-    """The last thing a process does: counted, and copied at once."""
+    """The last pass of a process: counted, and copied at once."""
     counts.mc2_only_errors += 1
     if _exporter is not None:
         _exporter.copy()
@@ -102,28 +106,34 @@ class _Exporter:
         # 1 on every DP rank, or the all_reduce is in force on all of them.
         state = Gauge("dp_sync_patch_skip", "1: skip, 0: sync.", names, multiprocess_mode="mostrecent")
         state.labels(*labels).set(int(skip))
+        self._rank = labels[1]
         self._copied = dict.fromkeys(HELP, 0)
+        self._failed = False
         self._lock = threading.Lock()
+        Finalize(None, self.copy, exitpriority=0)  # vLLM's processes end without atexit
 
-    def copy(self) -> bool:
-        """Returns whether it worked; when it did not, that is logged and nothing more is copied."""
+    def copy(self) -> None:
+        """Add what is new since the last copy. When that fails, it is logged, and nothing is copied any more."""
         with self._lock:
+            if self._failed:
+                return
             try:
                 current = counts.values()
                 for name, value in current.items():
                     self._counters[name].inc(value - self._copied[name])
                 self._copied = current
             except Exception as error:  # noqa: BLE001  counters are not worth a decode node
+                self._failed = True
                 logger.warning("DSP414 counters are no longer exported: %s", error)
-                return False
-        return True
 
     def run(self) -> None:
         logged = self._copied
         period = 0
-        while self.copy():
+        while not self._failed:
+            self.copy()
             period += 1
             if period % _LOG_EVERY == 0 and logged != self._copied:
                 logged = self._copied
-                logger.info("counters: %s", ", ".join(f"{name} {value}" for name, value in logged.items()))
+                text = ", ".join(f"{name} {value}" for name, value in logged.items())
+                logger.info("DP rank %s, counted since its start: %s", self._rank, text)
             time.sleep(_PERIOD_S)

@@ -6,14 +6,16 @@ calls `.cuda()`, loads inside the forward pass and rounds the prompt down to who
 tensors per layer (key and value; for MLA the two latent parts), and a real decode node receives all prompt tokens
 between two steps. This connector does it the second way, so the engine sees what it sees with Mooncake:
 
-* prefill node, `kv_transfer_params={"do_remote_decode": true, "transfer_id": id}`: in the step that computes the last
-  prompt token the worker writes one file per TP rank, before the response leaves the node. The response carries the
-  parameters for the decode node.
-* decode node, `{"do_remote_prefill": true, "transfer_id": id, "num_tokens": n}`: the request waits in
+* prefill node, `kv_transfer_params={"do_remote_decode": true, "transfer_id": id}`: at the end of the step that computes
+  the last prompt token, after the draft pass if there is one, the worker writes one file per TP rank, before the
+  response leaves the node. The response carries the parameters for the decode node.
+* decode node, `{"do_remote_prefill": true, "transfer_id": id, "num_tokens": n, "tp_size": p}`: the request waits in
   WAITING_FOR_REMOTE_KVS while a thread reads the file; the cache is filled at the start of a later step. The scheduler
   then runs the last prompt token once more (a step of 1 token) to draw the first output token. The file is removed.
-* no file, or one for another prompt length: the decode node prefills the prompt itself and logs a warning. Stock
-  connectors do the same with parameters they cannot use; 0.11.0 has no way to fail one request from a connector.
+  The TP size here may be a multiple of the prefill node's: each rank takes its own KV heads, or all of an MLA cache,
+  which is the same on every TP rank.
+* no file, or one for another prompt length or TP size: the decode node prefills the prompt itself and logs a warning.
+  Stock connectors do the same with parameters they cannot use; 0.11.0 has no way to fail one request from a connector.
 
 Files are written under a temporary name and renamed, so a reader never sees half of one. A file nobody fetched is
 removed by the writer after `ttl_s` seconds (default 600). Both `directory` and `ttl_s` are read from
@@ -67,13 +69,14 @@ class Transfer:
     """One prompt to write or to read.
 
     block_ids are the blocks of this node, first_token the first token to move (a multiple of the block size; tokens
-    before it came from the local prefix cache), num_tokens the prompt length.
+    before it came from the local prefix cache), num_tokens the prompt length, tp_size that of the node that writes.
     """
 
     req_id: str
     transfer_id: str
     num_tokens: int
     block_ids: list[int]
+    tp_size: int
     first_token: int = 0
 
 
@@ -89,7 +92,8 @@ class FileConnectorMetadata(KVConnectorMetadata):
 class TransferDirectory:
     """File names, atomic writes, reads and clean-up; knows nothing about vLLM.
 
-    A file holds `num_tokens` rows per cache tensor, so the two nodes may differ in block size and block numbers.
+    A file holds `num_tokens` rows per cache tensor, so the two nodes may differ in block size and block numbers. Each
+    rank of the reading node gets a hard link of its own and removes it: no rank has to know when the others are done.
     """
 
     def __init__(self, directory: Path, tp_rank: int, tp_size: int) -> None:
@@ -98,29 +102,42 @@ class TransferDirectory:
         self._tp_rank = tp_rank
         self._tp_size = tp_size
 
-    def path(self, transfer_id: str) -> Path:
-        return self._directory / f"{transfer_id}.tp{self._tp_rank}of{self._tp_size}{_SUFFIX}"
+    def _written(self, transfer_id: str, tp_rank: int, tp_size: int) -> Path:
+        return self._directory / f"{transfer_id}.tp{tp_rank}of{tp_size}{_SUFFIX}"
+
+    def _claimed(self, transfer_id: str, tp_rank: int) -> Path:
+        return self._directory / f"{transfer_id}.for{tp_rank}of{self._tp_size}{_SUFFIX}"
 
     def write(self, transfer_id: str, num_tokens: int, tensors: dict[str, torch.Tensor]) -> None:
-        target = self.path(transfer_id)
+        target = self._written(transfer_id, self._tp_rank, self._tp_size)
         temporary = target.with_name(f".{target.name}.{os.getpid()}")
         save_file(tensors, str(temporary), metadata={"num_tokens": str(num_tokens)})
         temporary.replace(target)
 
-    def stored_tokens(self, transfer_id: str) -> int | None:
-        """Prompt length of the stored transfer, None if there is none."""
-        path = self.path(transfer_id)
-        if not path.exists():
+    def stored_tokens(self, transfer_id: str, tp_size: int) -> int | None:
+        """Prompt length of the transfer that a node with this TP size stored, None if a file of it is missing."""
+        paths = [self._written(transfer_id, rank, tp_size) for rank in range(tp_size)]
+        if not all(path.exists() for path in paths):
             return None
-        with safe_open(str(path), framework="pt") as reader:
+        with safe_open(str(paths[0]), framework="pt") as reader:
             return int(reader.metadata()["num_tokens"])
 
+    def claim(self, transfer_id: str, tp_size: int) -> None:
+        """Turns what `tp_size` ranks stored into one link per rank of this node, whose TP size is a multiple of it."""
+        for rank in range(self._tp_size):
+            source = self._written(transfer_id, rank * tp_size // self._tp_size, tp_size)
+            self._claimed(transfer_id, rank).hardlink_to(source)
+        for rank in range(tp_size):
+            self._written(transfer_id, rank, tp_size).unlink()
+
     def read(self, transfer_id: str) -> dict[str, torch.Tensor]:
-        with safe_open(str(self.path(transfer_id)), framework="pt") as reader:
+        """What `claim` has set aside for this rank."""
+        with safe_open(str(self._claimed(transfer_id, self._tp_rank)), framework="pt") as reader:
             return {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 - not a dict
 
     def remove(self, transfer_id: str) -> None:
-        self.path(transfer_id).unlink(missing_ok=True)
+        """Removes this rank's link."""
+        self._claimed(transfer_id, self._tp_rank).unlink(missing_ok=True)
 
     def sweep(self, ttl_s: float) -> None:
         """Removes what nobody fetched for `ttl_s` seconds, left-over temporary files included."""
@@ -145,9 +162,9 @@ class FileKVConnector(KVConnectorBase_V1):
             raise ValueError("FileKVConnector does not support pipeline parallelism: a rank holds only its own layers")
         self._ttl_s = float(config.get_from_extra_config("ttl_s", 600))
         self._block_size: int = vllm_config.cache_config.block_size
-        tp_size: int = vllm_config.parallel_config.tensor_parallel_size
-        tp_rank = get_tensor_model_parallel_rank() if role == KVConnectorRole.WORKER else 0
-        self._files = TransferDirectory(Path(directory), tp_rank, tp_size)
+        self._tp_size: int = vllm_config.parallel_config.tensor_parallel_size
+        self._tp_rank = get_tensor_model_parallel_rank() if role == KVConnectorRole.WORKER else 0
+        self._files = TransferDirectory(Path(directory), self._tp_rank, self._tp_size)
         # Scheduler side.
         self._prompts: dict[str, Transfer] = {}
         self._to_load: list[Transfer] = []
@@ -178,7 +195,10 @@ class FileKVConnector(KVConnectorBase_V1):
         transfer_id = valid_transfer_id(params, "")
         if transfer_id is None:
             return f"kv_transfer_params carry no usable transfer_id: {params}"
-        stored = self._files.stored_tokens(transfer_id)
+        tp_size = params.get("tp_size")
+        if not isinstance(tp_size, int) or tp_size < 1 or self._tp_size % tp_size != 0:
+            return f"TP size {self._tp_size} is no multiple of the prefill node's, {tp_size}"
+        stored = self._files.stored_tokens(transfer_id, tp_size)
         if stored is None:
             return f"there is no KV transfer {transfer_id}"
         if stored != request.num_prompt_tokens:
@@ -192,14 +212,15 @@ class FileKVConnector(KVConnectorBase_V1):
         # One transfer per request. A prompt of one token comes back here with num_computed_tokens 0 after its load.
         params["do_remote_prefill"] = False
         if num_external_tokens > 0:
-            first_token = request.num_prompt_tokens - num_external_tokens
+            self._files.claim(params["transfer_id"], params["tp_size"])
             self._to_load.append(
                 Transfer(
                     request.request_id,
                     params["transfer_id"],
                     request.num_prompt_tokens,
                     blocks.get_block_ids()[0],
-                    first_token,
+                    params["tp_size"],
+                    first_token=request.num_prompt_tokens - num_external_tokens,
                 )
             )
             self._loading.add(request.request_id)
@@ -216,7 +237,7 @@ class FileKVConnector(KVConnectorBase_V1):
                 logger.warning("Request %s is not handed over: transfer_id is not a plain file name", new.req_id)
                 continue
             prompt_length = len(new.prompt_token_ids or ())
-            transfer = Transfer(new.req_id, transfer_id, prompt_length, list(new.block_ids[0]))
+            transfer = Transfer(new.req_id, transfer_id, prompt_length, list(new.block_ids[0]), self._tp_size)
             self._collect(meta, transfer, new.num_computed_tokens, scheduler_output)
         cached = scheduler_output.scheduled_cached_reqs
         for index, req_id in enumerate(cached.req_ids):
@@ -250,7 +271,6 @@ class FileKVConnector(KVConnectorBase_V1):
         if req_id in self._loading:
             # The blocks go back to the pool now; the worker must not write to them any more.
             self._loading.discard(req_id)
-            self._to_load = [transfer for transfer in self._to_load if transfer.req_id != req_id]
             self._cancelled.add(req_id)
         params = request.kv_transfer_params or {}
         complete = request.status in (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED)
@@ -262,16 +282,17 @@ class FileKVConnector(KVConnectorBase_V1):
             "do_remote_decode": False,
             "transfer_id": transfer_id,
             "num_tokens": request.num_prompt_tokens,
+            "tp_size": self._tp_size,
         }
 
     # Worker side ----------------------------------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
-        """kv_caches: layer name -> tensor or tuple of tensors [num_blocks, kernel block size, ...]."""
+        """kv_caches: layer name -> tensor or tuple of tensors [num_blocks, kernel block size, heads, head size]."""
         for layer_name, caches in kv_caches.items():
             tensors = (caches,) if isinstance(caches, torch.Tensor) else tuple(caches)
             for tensor in tensors:
-                if tensor.dim() < 3 or self._block_size % tensor.shape[1] != 0 or not tensor.is_contiguous():
+                if tensor.dim() != 4 or self._block_size % tensor.shape[1] != 0 or not tensor.is_contiguous():
                     raise ValueError(
                         f"FileKVConnector cannot address the cache of {layer_name}: shape {tuple(tensor.shape)}, "
                         f"block size {self._block_size}"
@@ -299,9 +320,13 @@ class FileKVConnector(KVConnectorBase_V1):
         """Nothing to wait for: a request is not scheduled before its load is complete."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
-        """Nothing per layer: the whole prompt is written in wait_for_save, when all layers have run."""
+        """Nothing per layer: the whole prompt is written when all layers have run."""
 
     def wait_for_save(self) -> None:
+        """Nothing yet: the draft layer's cache of this step is filled after this call."""
+
+    def clear_connector_metadata(self) -> None:
+        """The end of a step, drafts included: writes the prompts whose last token it has computed."""
         meta = self._metadata()
         for transfer in meta.saves:
             tensors = {
@@ -312,6 +337,7 @@ class FileKVConnector(KVConnectorBase_V1):
             self._files.write(transfer.transfer_id, transfer.num_tokens, tensors)
         if meta.saves:
             self._files.sweep(self._ttl_s)
+        super().clear_connector_metadata()
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         received, self._received = self._received, set()
@@ -344,9 +370,19 @@ class FileKVConnector(KVConnectorBase_V1):
         return parts
 
     def _fill(self, transfer: Transfer, tensors: dict[str, torch.Tensor]) -> None:
+        # So many ranks here share what one rank there wrote: its KV heads in order, or copies of its only one.
+        share = self._tp_size // transfer.tp_size
         for layer_name, caches in self._caches.items():
             for index, cache in enumerate(caches):
-                stored = tensors[f"{layer_name}.{index}"]
+                stored = tensors.get(f"{layer_name}.{index}")
+                if stored is not None:
+                    first_head = self._tp_rank % share * stored.shape[1] // share
+                    stored = stored[:, first_head : first_head + cache.shape[2]]
+                if stored is None or stored.shape[1:] != cache.shape[2:]:
+                    raise RuntimeError(
+                        f"KV transfer {transfer.transfer_id} does not hold the cache of {layer_name}: both nodes need "
+                        "the same model and the same kind of --speculative-config"
+                    )
                 row = transfer.first_token
                 for part in self._parts(cache, transfer):
                     part.copy_(stored[row : row + part.shape[0]])

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from dp_sync_patch import environment
+from dp_sync_patch.command_line import SOCS
+from dp_sync_patch.plan import Refusal
 
 _LOAD = """
 import json, sys
@@ -29,6 +31,10 @@ def _run(*arguments: str) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["(nothing was printed)"])[-1]
+
+
 def test_nothing_keeps_the_overlay_from_being_loaded() -> None:
     if found := environment.findings():
         pytest.fail("\n".join(map(str, found)), pytrace=False)
@@ -37,7 +43,7 @@ def test_nothing_keeps_the_overlay_from_being_loaded() -> None:
 def test_vllm_loads_the_overlay_and_the_ascend_platform() -> None:
     code, out, err = _run("-c", _LOAD)
     if code:
-        pytest.fail(f"vLLM's plugin loader fails: {err.strip().splitlines()[-1]}", pytrace=False)
+        pytest.fail(f"vLLM's plugin loader ends with {code}: {_last_line(err)}", pytrace=False)
     assert json.loads(out.splitlines()[-1]) == {"device": "npu", "overlay": True}
 
 
@@ -45,11 +51,19 @@ if COMMAND:
 
     def test_plan_of_the_command_line() -> None:
         soc = os.environ.get("DP_SYNC_CHECK_SOC", "")
+        if soc not in SOCS:
+            pytest.fail(f"DP_SYNC_CHECK_SOC={soc}: must be one of {', '.join(SOCS)}", pytrace=False)
         code, out, err = _run("-m", "dp_sync_patch", "explain", "--soc", soc, "--json", "--", *shlex.split(COMMAND))
         if not out:
-            pytest.fail(f"explain ended with {code}: {err.strip().splitlines()[-1]}", pytrace=False)
+            pytest.fail(f"explain ended with {code}: {_last_line(err)}", pytrace=False)
         answer: dict[str, Any] = json.loads(out)
+        # The environment once more, since the command line can set VLLM_PLUGINS.
+        wrong = [str(environment.Finding(**finding)) for finding in answer["findings"]]
+        wanted = os.environ.get("DP_SYNC_CHECK_STATE", "skip")
         if "error" in answer:
-            pytest.fail(answer["error"], pytrace=False)
-        reasons = "; ".join(f"{reason['code']} {reason['sentence']}" for reason in answer["reasons"])
-        assert answer["state"] == os.environ.get("DP_SYNC_CHECK_STATE", "skip"), reasons
+            wrong.append(answer["error"])
+        elif answer["state"] != wanted:
+            wrong.append(f"the plan is {answer['state']}, wanted {wanted}")
+            wrong += [str(Refusal(**reason)) for reason in answer["reasons"]]
+        if wrong:
+            pytest.fail("\n".join(wrong), pytrace=False)

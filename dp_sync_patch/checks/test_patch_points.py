@@ -10,6 +10,8 @@ import pytest
 import wrapt
 
 from dp_sync_patch import runtime, stock
+from dp_sync_patch.command_line import import_stock
+from dp_sync_patch.errors import DpSyncPatchError
 from dp_sync_patch.patches import TRIGGERS, PatchedFunction, PatchPoint, describe, points_of, registry
 
 
@@ -17,11 +19,10 @@ def _points() -> tuple[list[PatchPoint], str]:
     """All points, or why there are none."""
     try:
         entry = stock.require()
-        for module in TRIGGERS.values():
-            importlib.import_module(module)
+        import_stock()
         return [point for unit in TRIGGERS for point in points_of(unit, entry.vllm_ascend)], ""
-    except Exception as error:  # noqa: BLE001  torch_npu raises what it likes where its libraries are missing
-        return [], f"{type(error).__name__}: {error}"
+    except DpSyncPatchError as error:
+        return [], str(error)
 
 
 POINTS, WHY_NONE = _points()
@@ -80,13 +81,11 @@ def _bypassing(originals: set[int]) -> list[str]:
     """Names in modules and their classes that still lead to an original: calls through them would not be patched."""
     found: list[str] = []
     for module_name, module in list(sys.modules.items()):
-        if module_name.split(".")[0] not in ("vllm", "vllm_ascend"):
-            continue
-        for name, value in list(vars(module).items()):
+        for name, value in list(getattr(module, "__dict__", {}).items()):
             if id(value) in originals:
                 found.append(f"{module_name}.{name}")
-            if isinstance(value, type) and value.__module__ == module_name:
-                found += [
-                    f"{module_name}.{name}.{key}" for key, member in vars(value).items() if id(member) in originals
-                ]
+            # Not isinstance(): it would ask lazy modules for their __class__, which imports them.
+            if issubclass(type(value), type):
+                members = type.__dict__["__dict__"].__get__(value)
+                found += [f"{module_name}.{name}.{key}" for key, member in members.items() if id(member) in originals]
     return found

@@ -27,8 +27,9 @@ def skip_all_reduce(wrapped: Callable[..., Any], instance: Any, args: tuple[Any,
     else:
         result = _local_result(instance, *args, **kwargs)
         counts.passes_skipped += 1
-        counts.passes_ragged += result[0] < sizes.bound
-        counts.padding_avoided_tokens += sizes.bound - result[0]
+        if result[0] < sizes.bound:
+            counts.passes_ragged += 1
+            counts.padding_avoided_tokens += sizes.bound - result[0]
     counts.padding_tokens += result[0] - own
     return result
 
@@ -65,6 +66,7 @@ def level_draft_passes(
     passes = instance.num_speculative_tokens
     if runtime.skip_sizes is None or passes == 1 or not runner.with_prefill:
         return drafts
+    metrics.counts.draft_passes_added += passes - 1
     num_tokens = _local_result(runner, runner.decode_token_per_req, False, False)[0]
     mode, descriptor = runner.aclgraph_dispatcher.dispatch(BatchDescriptor(num_tokens=num_tokens, uniform_decode=False))
     instance.num_speculative_tokens = passes - 1  # dummy_run makes this many passes

@@ -3,7 +3,7 @@
 
 Real parts: vLLM's engine config, vllm-ascend's RecomputeScheduler on the decode node, vLLM's Scheduler on the prefill
 node, the connector in both roles. Only the forward pass is replaced: the "cache" of a token is a function of the token,
-its position, the layer and the TP rank, written where the scheduler's block table says, and checked on the other node.
+its position, the layer and the head, written where the scheduler's block table says, and checked on the other node.
 """
 
 from __future__ import annotations
@@ -33,9 +33,11 @@ from vllm_ascend.core.recompute_scheduler import RecomputeScheduler
 
 BLOCK = 128
 BLOCKS = 12
-LAYERS = ("model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn")
-# Trailing shapes of the tensors of one layer: key and value, or the two latent parts of MLA.
-LAYOUTS = {"gqa": ((2, 16), (2, 16)), "mla": ((1, 64), (1, 16))}
+TARGET_LAYERS = ("model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn")
+DRAFT_LAYER = "model.layers.2.self_attn.attn"
+LAYERS = (*TARGET_LAYERS, DRAFT_LAYER)
+# Heads of all TP ranks together, and their sizes in the tensors of one layer: key and value, or the two parts of MLA.
+LAYOUTS = {"gqa": (2, (16, 16)), "mla": (1, (64, 16))}
 
 
 def engine_config(model: Path, directory: Path, role: str, **arguments: Any) -> VllmConfig:
@@ -66,9 +68,10 @@ class Node:
         layout: str = "gqa",
         tp_size: int = 1,
         kernel_block: int = BLOCK,
+        layers: tuple[str, ...] = LAYERS,
     ) -> None:
         spec = FullAttentionSpec(BLOCK, num_kv_heads=2, head_size=16, dtype=torch.bfloat16)
-        kv_cache_config = KVCacheConfig(BLOCKS, [], [KVCacheGroupSpec(list(LAYERS), spec)])
+        kv_cache_config = KVCacheConfig(BLOCKS, [], [KVCacheGroupSpec(list(layers), spec)])
         config.cache_config.num_gpu_blocks = BLOCKS
         config.parallel_config.tensor_parallel_size = tp_size
         producer = config.kv_transfer_config.is_kv_producer
@@ -77,14 +80,16 @@ class Node:
         self.workers = []
         self.loads: list[Any] = []
         self.caches = []
+        self.heads = []  # of each rank: the numbers of its heads; one head on several ranks is the same on all
+        total_heads, head_sizes = LAYOUTS[layout]
         for rank in range(tp_size):
+            first = rank * total_heads // tp_size
+            self.heads.append(range(first, first + max(1, total_heads // tp_size)))
             monkeypatch.setattr(kv_connector, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
             worker = FileKVConnector(config, KVConnectorRole.WORKER)
             chunk = BLOCK // kernel_block
-            cache = {
-                layer: tuple(torch.zeros(BLOCKS * chunk, kernel_block, *tail) for tail in LAYOUTS[layout])
-                for layer in LAYERS
-            }
+            shape = (BLOCKS * chunk, kernel_block, len(self.heads[rank]))
+            cache = {layer: tuple(torch.zeros(*shape, size) for size in head_sizes) for layer in layers}
             worker.register_kv_caches(cache)
             self.workers.append(worker)
             self.caches.append(cache)
@@ -98,12 +103,12 @@ class Node:
             worker.bind_connector_metadata(output.kv_connector_metadata)
             worker.start_load_kv(None)  # type: ignore[arg-type]
             if output.total_num_scheduled_tokens:
-                for req_id, count in output.num_scheduled_tokens.items():
-                    request = self.scheduler.requests[req_id]
-                    end = request.num_computed_tokens
-                    self.write(rank, request, end - count, end)
+                self.write(rank, output, TARGET_LAYERS)
                 worker.wait_for_save()
             received.append(worker.get_finished(output.finished_req_ids)[1] or set())
+            if output.total_num_scheduled_tokens:
+                self.write(rank, output, (DRAFT_LAYER,))
+                worker.clear_connector_metadata()
         req_ids = list(output.num_scheduled_tokens)
         complete = [self.scheduler.requests[req_id].num_computed_tokens >= self.scheduler.requests[req_id].num_tokens
                     for req_id in req_ids]  # fmt: skip
@@ -125,14 +130,21 @@ class Node:
         (block_ids,) = self.scheduler.kv_cache_manager.get_block_ids(request.request_id)
         return [block * BLOCK + offset for block in block_ids for offset in range(BLOCK)]
 
-    def write(self, rank: int, request: Request, begin: int, end: int) -> None:
-        slots = self.slots(request)
-        for layer, caches in self.caches[rank].items():
-            for part, cache in enumerate(caches):
-                rows = cache.flatten(0, 1)
-                for position in range(begin, end):
-                    token = request.all_token_ids[position]
-                    rows[slots[position]] = content(token, position, layer, part, rank)
+    def write(self, rank: int, output: Any, layers: tuple[str, ...]) -> None:
+        """A forward pass over what is scheduled: it leaves these layers' cache behind."""
+        for req_id, count in output.num_scheduled_tokens.items():
+            request = self.scheduler.requests[req_id]
+            slots = self.slots(request)
+            end = request.num_computed_tokens
+            for layer, caches in self.caches[rank].items():
+                if layer not in layers:
+                    continue
+                for part, cache in enumerate(caches):
+                    rows = cache.flatten(0, 1)
+                    for position in range(end - count, end):
+                        expected = content(request.all_token_ids[position], position, layer, part)
+                        for row, head in zip(rows[slots[position]], self.heads[rank], strict=True):
+                            row.fill_(expected + head)
 
     def check(self, request: Request, count: int) -> None:
         """The first `count` tokens of the request are in the cache of every rank."""
@@ -142,8 +154,9 @@ class Node:
                 for part, cache in enumerate(caches):
                     rows = cache.flatten(0, 1)
                     for position in range(count):
-                        expected = content(request.all_token_ids[position], position, layer, part, rank)
-                        assert torch.all(rows[slots[position]] == expected), (rank, layer, part, position)
+                        expected = content(request.all_token_ids[position], position, layer, part)
+                        for row, head in zip(rows[slots[position]], self.heads[rank], strict=True):
+                            assert torch.all(row == expected + head), (rank, layer, part, position, head)
 
     def until_scheduled(self, request: Request, deadline_s: float = 20.0) -> list[int]:
         """Steps until the request is scheduled for the first time; returns the tokens of each step."""
@@ -157,8 +170,9 @@ class Node:
         return counts
 
 
-def content(token: int, position: int, layer: str, part: int, rank: int) -> float:
-    return float(token + 7 * position + 1000 * LAYERS.index(layer) + 3000 * part + 9000 * rank)
+def content(token: int, position: int, layer: str, part: int) -> float:
+    """What a token leaves in head 0; head n has n more."""
+    return float(10 * token + 70 * position + 100_000 * LAYERS.index(layer) + 300_000 * part)
 
 
 def make_request(name: str, tokens: list[int], params: dict[str, Any] | None, max_tokens: int) -> Request:
@@ -201,7 +215,16 @@ def nodes(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple
     return pair(model, tmp_path, monkeypatch)
 
 
-def pair(model: Path, directory: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[Node, Node]:
+def pair(
+    model: Path,
+    directory: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    tp_sizes: tuple[int, int] = (1, 1),
+    kernel_blocks: tuple[int, int] = (BLOCK, BLOCK),
+    **options: Any,
+) -> tuple[Node, Node]:
+    """A prefill and a decode node; tp_sizes and kernel_blocks are those of the two."""
     producer = engine_config(model, directory, "kv_producer", max_num_batched_tokens=256)
     consumer = engine_config(
         model,
@@ -211,7 +234,11 @@ def pair(model: Path, directory: Path, monkeypatch: pytest.MonkeyPatch, **option
         additional_config={"recompute_scheduler_enable": True},
     )
     assert consumer.scheduler_config.scheduler_cls.endswith("RecomputeScheduler")
-    return Node(monkeypatch, producer, **options), Node(monkeypatch, consumer, **options)
+    prefill_node, decode_node = (
+        Node(monkeypatch, config, tp_size=tp_size, kernel_block=kernel_block, **options)
+        for config, tp_size, kernel_block in zip((producer, consumer), tp_sizes, kernel_blocks, strict=True)
+    )
+    return prefill_node, decode_node
 
 
 @pytest.mark.parametrize("length", [1, 5, 127, 128, 129, 256, 600])
@@ -219,7 +246,10 @@ def test_the_cache_arrives_and_one_token_is_computed(nodes: tuple[Node, Node], t
     producer, consumer = nodes
     tokens = prompt(length)
     params = prefill(producer, "p", tokens, transfer_id="t1")
-    assert params == {"do_remote_prefill": True, "do_remote_decode": False, "transfer_id": "t1", "num_tokens": length}
+    assert params == {
+        **{"do_remote_prefill": True, "do_remote_decode": False},
+        **{"transfer_id": "t1", "num_tokens": length, "tp_size": 1},
+    }
     request = make_request("d", tokens, params, 4)
     consumer.scheduler.add_request(request)
     counts = consumer.until_scheduled(request)
@@ -235,19 +265,58 @@ def test_the_cache_arrives_and_one_token_is_computed(nodes: tuple[Node, Node], t
     assert len(request.output_token_ids) == 4
 
 
-@pytest.mark.parametrize(("layout", "tp_size", "kernel_block"), [("gqa", 2, 128), ("mla", 1, 128), ("mla", 2, 64)])
+@pytest.mark.parametrize(
+    ("layout", "tp_sizes", "kernel_blocks"),
+    [
+        ("gqa", (2, 2), (128, 128)),
+        ("gqa", (1, 2), (128, 128)),
+        ("gqa", (1, 4), (128, 128)),  # two heads, each on two ranks
+        ("gqa", (2, 4), (128, 128)),
+        ("mla", (1, 1), (64, 128)),
+        ("mla", (1, 2), (128, 64)),
+        ("mla", (2, 4), (128, 128)),
+    ],
+)
 def test_layouts_and_tensor_parallel_ranks(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str, tp_size: int, kernel_block: int
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    layout: str,
+    tp_sizes: tuple[int, int],
+    kernel_blocks: tuple[int, int],
 ) -> None:
-    options = {"layout": layout, "tp_size": tp_size, "kernel_block": kernel_block}
+    options = {"layout": layout, "tp_sizes": tp_sizes, "kernel_blocks": kernel_blocks}
     producer, consumer = pair(model, tmp_path, monkeypatch, **options)
     tokens = prompt(300)
     params = prefill(producer, "p", tokens, transfer_id="t1")
+    assert len(list(tmp_path.iterdir())) == tp_sizes[0]
     request = make_request("d", tokens, params, 2)
     consumer.scheduler.add_request(request)
     consumer.until_scheduled(request)
     consumer.check(request, 300)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_heads_of_several_ranks_are_not_put_together(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    producer, consumer = pair(model, tmp_path, monkeypatch, tp_sizes=(2, 1))
+    params = prefill(producer, "p", prompt(40), transfer_id="t1")
+    request = make_request("d", prompt(40), params, 2)
+    consumer.scheduler.add_request(request)
+    assert consumer.until_scheduled(request) == [40]
+
+
+def test_a_prefill_node_without_the_draft_layer_is_an_error(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    producer, _ = pair(model, tmp_path, monkeypatch, layers=TARGET_LAYERS)
+    _, consumer = pair(model, tmp_path, monkeypatch)
+    params = prefill(producer, "p", prompt(40), transfer_id="t1")
+    request = make_request("d", prompt(40), params, 2)
+    consumer.scheduler.add_request(request)
+    with pytest.raises(RuntimeError, match=rf"does not hold the cache of {DRAFT_LAYER}"):
+        consumer.until_scheduled(request)
 
 
 def test_local_prefix_blocks_are_not_loaded_again(nodes: tuple[Node, Node]) -> None:
@@ -264,9 +333,16 @@ def test_local_prefix_blocks_are_not_loaded_again(nodes: tuple[Node, Node]) -> N
     assert [transfer.first_token for transfer in consumer.loads] == [0, 256]
 
 
-@pytest.mark.parametrize("params", [None, {"do_remote_prefill": True, "transfer_id": "gone"},
-                                    {"do_remote_prefill": True}, {"do_remote_prefill": True, "transfer_id": "../x"},
-                                    {"do_remote_prefill": True, "transfer_id": 3}])  # fmt: skip
+@pytest.mark.parametrize(
+    "params",
+    [
+        None,
+        {"do_remote_prefill": True, "transfer_id": "gone", "tp_size": 1},
+        {"do_remote_prefill": True, "tp_size": 1},
+        {"do_remote_prefill": True, "transfer_id": "../x", "tp_size": 1},
+        {"do_remote_prefill": True, "transfer_id": 3, "tp_size": 1},
+    ],
+)
 def test_without_a_transfer_the_prompt_is_computed_in_chunks(nodes: tuple[Node, Node], params: Any) -> None:
     _, consumer = nodes
     request = make_request("d", prompt(150), params, 2)

@@ -19,7 +19,10 @@ from typing import Any
 THIRD_PARTY = (
     "torch",
     "torch_npu.dynamo.torchair",
-    "transformers",
+    "transformers.models",
+    "transformers.modeling_utils",
+    "transformers.processing_utils",
+    "gguf",
     "torchvision.transforms.v2",
     "openai.types.responses",
     "scipy.optimize",
@@ -30,6 +33,8 @@ UNDER_TEST = ("vllm", "vllm_ascend", "dp_sync_patch")
 
 
 def serve() -> None:
+    answers = os.dup(1)
+    os.dup2(2, 1)  # imports print what they like
     before = dict(os.environ)
     for name in THIRD_PARTY:
         importlib.import_module(name)
@@ -44,19 +49,16 @@ def serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         if not (child := os.fork()):
+            os.close(answers)
             _become({**request, "environ": {**request["environ"], **changed}})
             return
-        _answer(child)
+        os.write(answers, b"%d\n" % child)
         _, status = os.waitpid(child, 0)
-        _answer(os.waitstatus_to_exitcode(status))
-
-
-def _answer(number: int) -> None:
-    print(json.dumps(number), flush=True)
+        os.write(answers, b"%d\n" % os.waitstatus_to_exitcode(status))
 
 
 def _become(request: dict[str, Any]) -> None:
-    """In the child: what `python -c code` would have, then the code. The end of this script is the end of the child."""
+    """In the child: what `python -c code` would have, then the code. It ends as a child of multiprocessing does."""
     os.setsid()
     for descriptor, path, flags in (
         (0, os.devnull, os.O_RDONLY),
@@ -73,6 +75,9 @@ def _become(request: dict[str, Any]) -> None:
     sys.path[0] = ""
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     exec(compile(request["code"], "<string>", "exec"), vars(main))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # without the second that it takes to take all modules apart
 
 
 serve()

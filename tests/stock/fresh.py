@@ -24,7 +24,7 @@ _HERE = Path(__file__).parent
 # Stock reads these; what the developer's shell has set must not decide a test.
 _STOCK_PREFIXES = ("DP_SYNC_PATCH_", "VLLM_", "VIRTUAL_NPU_", "HCCL_", "ASCEND_")
 # What may differ between forked processes: nothing that was imported before the fork has read it.
-_READ_LATE = ("DP_SYNC_PATCH_", "VLLM_", "VIRTUAL_NPU_", "HCCL_", "HF_HUB_OFFLINE", "DYNAMIC_EPLB", "EXPERT_MAP_RECORD")
+_READ_LATE = ("DP_SYNC_PATCH_", "VLLM_", "HCCL_")
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -36,7 +36,6 @@ def environment(**changes: str) -> dict[str, str]:
         "TASK_QUEUE_ENABLE": "0",
         # As vLLM sets it; it comes too late for the process that imports torch first, which then starts a compiler.
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
-        "VIRTUAL_NPU_SHAPES": "relaxed",
     }
     return {**clean, **base, **changes}
 
@@ -44,8 +43,7 @@ def environment(**changes: str) -> dict[str, str]:
 def run(code: str, timeout: float = 240, **environ: str) -> Any:
     """Run `code` in a forked process; its last line of stdout is one JSON value. Returns it and all that was logged.
 
-    `environ` are variables that the third-party imports do not read. The virtual NPU reads its settings in the new
-    process, but marks no engine steps in a ledger.
+    `environ` are variables that the third-party imports do not read; those of the virtual NPU are not among them.
     """
     early = [name for name in environ if not name.startswith(_READ_LATE)]
     assert not early, f"{early} may have been read before the fork: use interpreter()"
@@ -79,8 +77,8 @@ class _Server:
             [sys.executable, str(_HERE / "fork_server.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            # The virtual NPU keeps no settings that it refuses, so every child reads its own.
-            env=environment(VIRTUAL_NPU_SOC="not in this process", OPENBLAS_NUM_THREADS="1"),
+            bufsize=0,  # select() has to see what is there
+            env=environment(OPENBLAS_NUM_THREADS="1"),
         )
         atexit.register(self.stop)
 
@@ -92,7 +90,6 @@ class _Server:
             request = {"code": code, "environ": environ, "cwd": os.getcwd(), "stdout": str(out), "stderr": str(err)}
             assert self._process.stdin is not None
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            self._process.stdin.flush()
             child = self._answer(120)
             assert child is not None, "the fork server does not answer"
             returncode = self._answer(timeout)

@@ -7,23 +7,52 @@ import json
 import shlex
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
-from fresh import environment
+from fresh import environment, run
 from toy_configs import MOE
 
 pytestmark = pytest.mark.timeout(300)
 
 # Alters stock when its model runner is imported: one point is missing, another one takes other arguments.
-_BREAKER = """
-import wrapt
+_BROKEN_STOCK = """
+import json, os
+import pytest, wrapt
 
 def break_stock(module):
     del module.NPUModelRunner._sync_metadata_across_dp
     module.NPUModelRunner._select_moe_comm_method = lambda self, num_tokens: None
 
 wrapt.register_post_import_hook(break_stock, "vllm_ascend.worker.model_runner_v1")
+os.chdir({folder!r})
+options = ["-q", "-p", "no:cacheprovider", "--pyargs", "dp_sync_patch.checks.test_patch_points"]
+print(json.dumps(pytest.main(options)))
+"""
+# As `python -m dp_sync_patch` does it.
+_COMMAND = """
+import contextlib, io, json
+from dp_sync_patch.__main__ import main
+
+out = io.StringIO()
+with contextlib.redirect_stdout(out):
+    code = main({words!r})
+print(json.dumps([code, out.getvalue()]))
+"""
+
+# Keeps an unpatched reference beside a patched method, as `from x import f` does with a function.
+_KEPT_REFERENCE = """
+import json, os
+import pytest, wrapt
+
+def keep(module):
+    module.kept = vars(module.NPUModelRunner)["load_model"]
+
+wrapt.register_post_import_hook(keep, "vllm_ascend.worker.model_runner_v1")
+os.chdir({folder!r})
+options = ["-q", "-p", "no:cacheprovider", "--pyargs", "dp_sync_patch.checks.test_patch_points"]
+print(json.dumps(pytest.main(options)))
 """
 
 
@@ -47,30 +76,55 @@ def serve_command(folder: Path, *flags: str) -> str:
     )
 
 
-def test_green_on_stock(tmp_path: Path) -> None:
-    code, output = run_checks(
-        tmp_path, "--pyargs", "dp_sync_patch.checks",
-        DP_SYNC_CHECK_COMMAND=serve_command(tmp_path), DP_SYNC_CHECK_SOC="A3",
-    )  # fmt: skip
+def run_with_command(*flags: str) -> tuple[int, str, list[str]]:
+    """All checks, with a command line to check; returns the files left in the working directory as well."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        code, output = run_checks(
+            folder, "--pyargs", "dp_sync_patch.checks",
+            DP_SYNC_CHECK_COMMAND=serve_command(folder, *flags), DP_SYNC_CHECK_SOC="A3",
+        )  # fmt: skip
+        return code, output, sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.ahead.with_args(run_with_command)  # called with a function alone, a mark would decorate it
+def test_green_on_stock(ahead: tuple[int, str, list[str]]) -> None:
+    code, output, files = ahead
     assert code == 0, output
     assert "14 passed" in output
     assert "skipped" not in output
     assert "no plan was checked" not in output
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json"]
+    assert files == ["config.json"]
 
 
 def test_red_where_points_do_not_fit(tmp_path: Path) -> None:
-    (tmp_path / "breaker.py").write_text(_BREAKER)
-    path = f"{tmp_path}:{environment()['PYTHONPATH']}"
-    code, output = run_checks(
-        tmp_path, "-p", "breaker", "--pyargs", "dp_sync_patch.checks.test_patch_points", PYTHONPATH=path
-    )
+    code, output = run(_BROKEN_STOCK.format(folder=str(tmp_path)))
     assert code == 1
     failed = [line for line in output.splitlines() if line.startswith("FAILED")]
     assert len(failed) == 3  # each of the two points, and applying all of them
     assert sum("_sync_metadata_across_dp" in line for line in failed) == 1
     assert sum("_select_moe_comm_method" in line for line in failed) == 1
     assert "NPUModelRunner._sync_metadata_across_dp does not exist in this stock" in output
+
+
+def test_field_case_38_red_where_a_reference_stays_unpatched(tmp_path: Path) -> None:
+    code, output = run(_KEPT_REFERENCE.format(folder=str(tmp_path)))
+    assert code == 1
+    failed = [line for line in output.splitlines() if line.startswith("FAILED")]
+    assert len(failed) == 1
+    assert "test_apply_and_undo_leave_nothing_behind" in failed[0]
+    assert "vllm_ascend.worker.model_runner_v1.kept" in output
+
+
+def test_field_case_41_red_where_stock_cannot_be_imported(tmp_path: Path) -> None:
+    """Every check that needs stock fails and says why; none is skipped, none goes missing in silence."""
+    (tmp_path / "vllm_ascend.py").write_text("raise ImportError('libascendcl.so: cannot open shared object file')\n")
+    code, output = run_checks(
+        tmp_path, "--pyargs", "dp_sync_patch.checks", PYTHONPATH=f"{tmp_path}:{environment()['PYTHONPATH']}"
+    )
+    assert code == 1
+    assert "4 failed, 1 passed" in output  # versions and entry points are read from metadata
+    assert output.count("ImportError: libascendcl.so: cannot open shared object file (in vllm_ascend)") >= 3
 
 
 def test_field_case_34_red_where_a_name_is_misspelt(tmp_path: Path) -> None:
@@ -87,10 +141,22 @@ def test_field_case_34_red_where_a_name_is_misspelt(tmp_path: Path) -> None:
 def test_red_where_the_command_line_does_not_skip(tmp_path: Path) -> None:
     code, output = run_checks(
         tmp_path, "--pyargs", "dp_sync_patch.checks.test_environment", "-k", "plan",
-        DP_SYNC_CHECK_COMMAND=serve_command(tmp_path, "--enable-lora"), DP_SYNC_CHECK_SOC="A3",
+        DP_SYNC_CHECK_COMMAND=f"VLLM_PLUGINS=ascend {serve_command(tmp_path, '--enable-lora')}", DP_SYNC_CHECK_SOC="A3",
     )  # fmt: skip
     assert code == 1
-    assert "DSP138" in output
+    assert "the plan is sync, wanted skip" in output
+    assert "DSP138 LoRA is not tested with the skip: found --enable-lora" in output
+    # Whatever the plan is, such a node would run without the overlay.
+    assert "DSP424 VLLM_PLUGINS=ascend leaves the overlay out" in output
+
+
+def test_red_where_the_device_is_not_said(tmp_path: Path) -> None:
+    code, output = run_checks(
+        tmp_path, "--pyargs", "dp_sync_patch.checks.test_environment", "-k", "plan",
+        DP_SYNC_CHECK_COMMAND=serve_command(tmp_path),
+    )  # fmt: skip
+    assert code == 1
+    assert "DP_SYNC_CHECK_SOC=: must be one of A2, A3" in output
 
 
 def test_other_pytest_runs_are_left_alone(tmp_path: Path) -> None:
@@ -102,13 +168,10 @@ def test_other_pytest_runs_are_left_alone(tmp_path: Path) -> None:
     assert "dp_sync_patch" not in output
 
 
-def check_command(*words: str, **environ: str) -> tuple[int, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "dp_sync_patch", "check", *words],
-        capture_output=True, text=True, timeout=280, check=False, env=environment(**environ),
-    )  # fmt: skip
-    assert "Traceback" not in done.stderr
-    return done.returncode, done.stdout
+def check_command(*words: str, before: str = "", **environ: str) -> tuple[int, str]:
+    (code, out), log = run(before + _COMMAND.format(words=["check", *words]), **environ)
+    assert "Traceback" not in log
+    return code, out
 
 
 def test_the_check_command_is_green_on_stock(tmp_path: Path) -> None:
@@ -129,3 +192,42 @@ def test_the_check_command_is_red_where_vllm_would_not_load_the_overlay() -> Non
     assert "did you mean dp_sync_patch?" in out
     assert "DSP424 VLLM_PLUGINS=ascend,dp_sync_patchh leaves the overlay out" in out
     assert out.splitlines()[-2] == "check: problems found"
+
+
+def test_the_check_command_is_red_where_the_command_line_leaves_the_overlay_out(tmp_path: Path) -> None:
+    """Assignments of the command line are in force before stock is imported, and before anything is judged."""
+    command = shlex.split(f"env VLLM_PLUGINS=ascend {serve_command(tmp_path)}")
+    code, out = check_command("--soc", "A3", "--", *command)
+    assert code == 1
+    assert "VLLM_PLUGINS: ['ascend']" in out
+    problems = [line for line in out.splitlines() if line.startswith("error: ")]
+    assert len(problems) == 1
+    assert problems[0].startswith("error: DSP424 VLLM_PLUGINS=ascend leaves the overlay out")
+
+
+def test_the_check_command_is_red_where_the_overlay_is_switched_off() -> None:
+    code, out = check_command(DP_SYNC_PATCH_MODE="off")
+    assert code == 1
+    problems = [line for line in out.splitlines() if line.startswith("error: ")]
+    assert problems == ["error: DSP005 switched off by its own setting: mode=off, nothing is patched"]
+
+
+def test_the_check_command_is_red_where_stock_does_not_fit() -> None:
+    code, out = check_command(before=_BROKEN_STOCK.split("os.chdir")[0])
+    assert code == 1
+    problems = [line for line in out.splitlines() if line.startswith("error: ")]
+    assert len(problems) == 1
+    assert problems[0].startswith("error: unit worker: DSP007 ")
+    assert "NPUModelRunner._sync_metadata_across_dp does not exist" in problems[0]
+
+
+def test_the_check_command_is_red_where_a_plugin_of_somebody_stops_vllm(tmp_path: Path) -> None:
+    info = tmp_path / "other_plugin-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: other-plugin\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[vllm.general_plugins]\nother = other_plugin:register\n")
+    (tmp_path / "other_plugin.py").write_text("def register():\n    raise KeyError('no licence')\n")
+    code, out = check_command(before=f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n")
+    assert code == 1
+    problems = [line for line in out.splitlines() if line.startswith("error: ")]
+    assert problems == ["error: DSP425 vLLM would stop while it loads its plugins: KeyError: 'no licence'"]

@@ -10,9 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from fresh import PROJECT, environment, run, run_fresh
+from fresh import PROJECT, environment, interpreter, run
 
 pytestmark = pytest.mark.timeout(300)
+
+# Where the overlay is installed, vLLM would load it by itself; here the test decides when.
+STOCK_PLUGINS = {"VLLM_PLUGINS": "ascend,ascend_kv_connector,ascend_enhanced_model"}
 
 
 @pytest.mark.parametrize("module", ["vllm_ascend.worker.model_runner_v1", "vllm.v1.engine.core"])
@@ -26,7 +29,7 @@ load_general_plugins()
 import vllm_ascend.worker.model_runner_v1
 print(json.dumps(dp_sync_patch.status()["units"]))
 """
-    units, log = run_fresh(code, VLLM_PLUGINS="dp_sync_patch")
+    units, log = interpreter(code, VLLM_PLUGINS="dp_sync_patch")
     assert units == {"worker": "applied", "engine": "applied"}
     assert "Failed to load plugin" not in log
     assert "DSP0" not in log
@@ -63,7 +66,7 @@ import dp_sync_patch
 print(json.dumps({"once": patched.__wrapped__ is counting, "calls": calls, "result": result,
                   "units": dp_sync_patch.status()["units"]}))
 """
-    found, _ = run(code)
+    found, _ = run(code, **STOCK_PLUGINS)
     assert found == {
         "once": True,
         "calls": [3],
@@ -110,7 +113,7 @@ undone = dp_sync_patch.uninstall()
 print(json.dumps({"order": order, "error": error, "refusals": refusals, "untouched": untouched, "undone": undone,
                   "below": vars(runner)["_sync_metadata_across_dp"] is below}))
 """
-    found, _ = run(code)
+    found, _ = run(code, **STOCK_PLUGINS)
     target = "vllm_ascend.worker.model_runner_v1:NPUModelRunner._sync_metadata_across_dp"
     assert found["order"] == ["top", "below"]
     assert found["error"] == f"DSP009 not undone, changed by somebody else: {target}"
@@ -143,7 +146,7 @@ for original in originals:
 patched = type(vars(Early)["token_dispatch"]).__name__
 print(json.dumps({"patched": patched, "count": len(originals), "holders": holders}))
 """
-    found, _ = run(code)
+    found, _ = run(code, **STOCK_PLUGINS)
     assert found == {"patched": "PatchedFunction", "count": 9, "holders": []}
 
 
@@ -168,7 +171,7 @@ from dp_sync_patch import environment
 groups = ("vllm.general_plugins", "vllm.platform_plugins")
 print(json.dumps([[e.name for g in groups for e in entry_points(group=g)], [str(f) for f in environment.findings()]]))
 """
-    (names, findings), _ = run_fresh(code, PYTHONPATH=path)
+    (names, findings), _ = interpreter(code, PYTHONPATH=path)
     assert "dp_sync_patch" not in names
     assert len(findings) == 1
     assert findings[0].startswith("error: DSP421 dp_sync_patch has no entry point in vllm.general_plugins")
@@ -182,7 +185,7 @@ def test_field_case_41_a_broken_stack_breaks_nothing_else(tmp_path: Path, packag
     path = os.pathsep.join([str(tmp_path), str(PROJECT)])
     environ = {"PYTHONPATH": path, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     code = "import json, sys, dp_sync_patch; print(json.dumps([m for m in ('torch', 'vllm') if m in sys.modules]))"
-    assert run_fresh(code, **environ)[0] == []
+    assert interpreter(code, **environ)[0] == []
     returncode, out, err = cli("status", "--json", **environ)
     answer = json.loads(out)
     assert returncode == 2

@@ -44,7 +44,9 @@ def import_stock():
 
 def _run(body: str, **environ: str) -> tuple[dict[str, object], str]:
     prelude = f"{_PRELUDE}\nTARGETS = {WORKER + ENGINE!r}\n"
-    result, log = run(prelude + body, **environ)
+    # Where the overlay is installed, vLLM would load it by itself; here the test decides when.
+    stock_plugins = {"VLLM_PLUGINS": "ascend,ascend_kv_connector,ascend_enhanced_model"}
+    result, log = run(prelude + body, **{**stock_plugins, **environ})
     return result, log
 
 

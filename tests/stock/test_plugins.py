@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VLLM_PLUGINS in real processes: vLLM's own loader, stock 0.11.0, the overlay's two entry points."""
+"""VLLM_PLUGINS in processes of their own: vLLM's own loader and stock 0.11.0, from the first import on.
+
+All values in forked processes; the two that operators use most in real interpreters as well.
+"""
 
 from __future__ import annotations
 
-import os
-import tomllib
-from pathlib import Path
+from typing import Any
 
 import pytest
-from fresh import PROJECT, run_fresh
+from fresh import interpreter, run
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -18,45 +19,57 @@ from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
 load_general_plugins()
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
-print(json.dumps({"platform": type(current_platform).__name__, "device": current_platform.device_type,
-                  "connector": "MooncakeConnectorV1" in KVConnectorFactory._registry,
-                  "loaded": "dp_sync_patch" in sys.modules}))
+from vllm.v1.engine.core import DPEngineCoreProc
+found = {"platform": type(current_platform).__name__, "device": current_platform.device_type,
+         "connector": "MooncakeConnectorV1" in KVConnectorFactory._registry,
+         "loaded": "dp_sync_patch" in sys.modules, "patched": [DPEngineCoreProc.run_busy_loop]}
+if current_platform.device_type == "npu":
+    import vllm_ascend.worker.worker_v1
+    from vllm_ascend.worker.model_runner_v1 import NPUModelRunner
+    found["patched"].append(NPUModelRunner._sync_metadata_across_dp)
+found["patched"] = [type(function).__name__ != "function" for function in found["patched"]]
+print(json.dumps(found))
 """
+_ALL = "ascend,ascend_kv_connector,ascend_enhanced_model"
+_NO_NPU = {"platform": "UnspecifiedPlatform", "device": "", "patched": [False]}
 
 
-@pytest.fixture
-def site(tmp_path: Path) -> str:
-    """The overlay's metadata as an installed distribution has it, also where the project is not installed."""
-    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
-    info = tmp_path / f"dp_sync_patch-{project['version']}.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: dp_sync_patch\nVersion: {project['version']}\n")
-    lines: list[str] = []
-    for group, names in project["entry-points"].items():
-        lines += [f"[{group}]", *(f"{name} = {value}" for name, value in names.items())]
-    (info / "entry_points.txt").write_text("\n".join(lines))
-    return os.pathsep.join([str(tmp_path), str(PROJECT)])
+def _npu(*, overlay: bool, connector: bool = True) -> dict[str, Any]:
+    npu = {"platform": "NPUPlatform", "device": "npu", "patched": [overlay] * 2}
+    return {**npu, "loaded": overlay, "connector": connector}
 
 
 @pytest.mark.parametrize(
-    ("plugins", "npu", "overlay"),
+    ("plugins", "expected"),
     [
-        (None, True, True),
-        ("dp_sync_patch", True, True),
-        ("ascend,dp_sync_patch", True, True),
-        ("ascend,ascend_kv_connector,ascend_enhanced_model,dp_sync_patch", True, True),
-        ("dp_sync_patch, ascend", True, True),
-        ("ascend,ascend_kv_connector,ascend_enhanced_model", True, False),
-        ("", False, False),
+        (None, _npu(overlay=True)),
+        ("dp_sync_patch", _npu(overlay=True)),
+        ("ascend,dp_sync_patch", _npu(overlay=True)),
+        (f"{_ALL},dp_sync_patch", _npu(overlay=True)),
+        ("dp_sync_patch, ascend", _npu(overlay=True)),
+        (_ALL, _npu(overlay=False)),
+        ("", {**_NO_NPU, "loaded": False, "connector": False}),
+        # vLLM itself says nothing about any of these; `check` does.
+        ("ascend, dp_sync_patch", _npu(overlay=False, connector=False)),
+        ("ascend,dp_sync_patchh", _npu(overlay=False, connector=False)),
+        ("dp_sync_patchh", {**_NO_NPU, "loaded": False, "connector": False}),
     ],
 )
-def test_vllm_plugins(site: str, plugins: str | None, npu: bool, overlay: bool) -> None:
-    environ = {"PYTHONPATH": site} | ({} if plugins is None else {"VLLM_PLUGINS": plugins})
-    found, log = run_fresh(_LOAD, **environ)
-    assert found["platform"] == ("NPUPlatform" if npu else "UnspecifiedPlatform")
-    assert found["device"] == ("npu" if npu else "")
-    assert found["connector"] is npu
-    assert found["loaded"] is overlay
+def test_field_case_33_34_vllm_plugins(plugins: str | None, expected: dict[str, Any]) -> None:
+    found, log = run(_LOAD, **({} if plugins is None else {"VLLM_PLUGINS": plugins}))
+    assert found == expected
     assert ("DSP412" in log) is (plugins == "dp_sync_patch, ascend")
-    if overlay and plugins is not None and "ascend_kv_connector" not in plugins:
-        assert "loaded the plugins of vllm-ascend that VLLM_PLUGINS left out" in log
+    left_out = expected["loaded"] and plugins is not None and "ascend_kv_connector" not in plugins
+    assert ("loaded the plugins of vllm-ascend that VLLM_PLUGINS left out" in log) is left_out
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        pytest.param(environ, id=str(environ), marks=pytest.mark.ahead(lambda e: interpreter(_LOAD, **e), environ))
+        for environ in ({}, {"VLLM_PLUGINS": "dp_sync_patch"})
+    ],
+)
+def test_field_case_33_in_a_real_interpreter(environ: dict[str, str], ahead: Any) -> None:
+    found, _ = ahead
+    assert found == _npu(overlay=True)

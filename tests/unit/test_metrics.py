@@ -74,6 +74,7 @@ print(json.dumps(seen()))
             f"dp_sync_patch_passes_ragged_total{labels} 1.0",
             f"dp_sync_patch_padding_tokens_total{labels} 0.0",
             f"dp_sync_patch_padding_avoided_tokens_total{labels} 40.0",
+            f"dp_sync_patch_draft_passes_added_total{labels} 0.0",
             f"dp_sync_patch_mc2_only_errors_total{labels} 1.0",
             f"dp_sync_patch_skip{labels} {1.0 if state == 'SKIP' else 0.0}",
         ]
@@ -122,17 +123,74 @@ print(json.dumps(state()["threads"]))
     assert "export it before `vllm serve`" in log
 
 
-@pytest.mark.parametrize("when", ["at start", "later"])
+@pytest.mark.parametrize("end", ["return", "SystemExit", "MC2OnlyError"])
+@pytest.mark.parametrize("parent", ["fresh", "has imported prometheus_client"])
+def test_the_last_counts_of_a_forked_engine_are_copied(tmp_path: Path, end: str, parent: str) -> None:
+    """vLLM's processes are multiprocessing children: they end without atexit, by SystemExit when they get SIGTERM."""
+    code = f"""
+import multiprocessing
+from dp_sync_patch.errors import MC2OnlyError
+if {parent!r} != "fresh":
+    import prometheus_client
+metrics._PERIOD_S = 1000
+def engine_process():
+    metrics.start_in_workers(engine)
+    metrics._exporter.copy()
+    metrics.counts.passes_skipped += 7
+    if {end!r} != "return":
+        raise {{"SystemExit": SystemExit(), "MC2OnlyError": MC2OnlyError("DSP301", "left MC2")}}[{end!r}]
+child = multiprocessing.get_context("fork").Process(target=engine_process)
+child.start()
+child.join()
+print(json.dumps(seen()))
+"""
+    lines, _ = run(code, "SKIP", "stats", directory=tmp_path)
+    assert 'dp_sync_patch_passes_skipped_total{engine="3",model_name="toy"} 7.0' in lines
+
+
+def test_a_log_line_now_and_then_when_something_has_changed(tmp_path: Path) -> None:
+    code = """
+import logging
+logging.basicConfig(level=logging.INFO)
+metrics._PERIOD_S, metrics._LOG_EVERY = 0.01, 2
+copies = 0
+class Exporter(metrics._Exporter):
+    def copy(self):
+        global copies
+        super().copy()
+        copies += 1
+metrics._Exporter = Exporter
+metrics.start_in_workers(engine)
+for passes in (4, 3):
+    metrics.counts.passes_skipped += passes
+    until = copies + 6
+    while copies < until:
+        time.sleep(0.01)
+print(json.dumps(copies))
+"""
+    copies, log = run(code, "SKIP", "stats", directory=tmp_path)
+    assert copies >= 12
+    lines = [line for line in log.splitlines() if "counted since" in line]
+    assert [line.partition("passes_skipped ")[2].partition(",")[0] for line in lines] == ["4", "7"]
+    assert lines[0].startswith("INFO:vllm.dp_sync_patch:DP rank 3, counted since its start: passes_skipped 4, passes_")
+
+
+@pytest.mark.parametrize("when", ["at start", "no such directory", "later"])
 def test_a_failing_exporter_leaves_the_engine_alone(tmp_path: Path, when: str) -> None:
     code = f"""
 if {when!r} == "at start":
     executor.collective_rpc = lambda method: 1 / 0
 metrics.start_in_workers(engine)
-if metrics._exporter is not None:
+if {when!r} == "later":
     metrics._exporter._counters.clear()
-    metrics.refused()
+metrics.refused()
+metrics.refused()
+for thread in threading.enumerate():
+    if "metrics" in thread.name:
+        thread.join()
 print(json.dumps(metrics.counts.values()["mc2_only_errors"]))
 """
-    errors, log = run(code, "SKIP", "stats", directory=tmp_path)
-    assert errors == (0 if when == "at start" else 1)
-    assert "DSP414" in log
+    directory = tmp_path / "none" if when == "no such directory" else tmp_path
+    errors, log = run("metrics._PERIOD_S = 0.01\n" + code, "SKIP", "stats", directory=directory)
+    assert errors == 2
+    assert log.count("DSP414 counters are no") == 1

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from dp_sync_patch import settings
+from dp_sync_patch import metrics, settings
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -36,3 +36,10 @@ def test_every_patched_object_is_listed() -> None:
     for name in names:
         owner, method = name.split(".")
         assert f"`{name}`" in section or (f"`{owner}." in section and f"`.{method}`" in section), name
+
+
+def test_every_metric_is_listed() -> None:
+    section = README.split("## Metrics")[1].split("\n## ")[0]
+    listed = set(re.findall(r"`(?:dp_sync_patch_|\.\.\._)(\w+)_total`", section))
+    assert listed == set(metrics.HELP)
+    assert "`dp_sync_patch_skip`" in section
