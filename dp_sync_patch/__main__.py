@@ -106,19 +106,17 @@ def check(command: list[str], soc: str | None) -> tuple[int, dict[str, Any]]:
 
 
 def _patch_problems(process: dict[str, Any]) -> Iterator[str]:
-    """Whether everything was applied and can be undone. Leaves the process as an import of the overlay does."""
+    """Whether everything was applied and can be undone. Afterwards all is applied again, where it could be undone."""
     if process["settings"]["mode"]["value"] == "off":
         yield "DSP005 switched off by its own setting: mode=off, nothing is patched"
         return
     yield from (f"unit {unit}: {state}" for unit, state in process["units"].items() if state != "applied")
     try:
-        undone = dp_sync_patch.uninstall()
+        dp_sync_patch.uninstall()
     except DpSyncPatchError as error:
         yield str(error)
-        return
-    if undone != len(process["points"]):
-        yield f"DSP007 {undone} of {len(process['points'])} patch points could be undone"
-    dp_sync_patch.runtime.install()
+    else:
+        dp_sync_patch.runtime.install()
 
 
 def _platform_problems() -> Iterator[str]:

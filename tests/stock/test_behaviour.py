@@ -89,7 +89,8 @@ def test_a_long_prompt_is_chunked_by_every_known_scheduler(tmp_path: Path) -> No
     assert log.count("at most 16 tokens per step instead of 4096") == 1
 
 
-def test_sync_returns_the_local_count(tmp_path: Path) -> None:
+def test_field_case_20_sync_returns_the_local_count(tmp_path: Path) -> None:
+    """What the callers unpack; the flag for prefill stays local (field case 15), eager or not."""
     found, _ = check("sync", tmp_path)
     assert found["first"] == [3, False, False]
     assert found["second"] == [3, True, False]
@@ -127,7 +128,7 @@ def test_operator_arguments(tmp_path: Path) -> None:
     assert message.startswith("DSP302 EP rank 1: 17 rows")
 
 
-def test_profile_runs_draw_distinct_experts(tmp_path: Path) -> None:
+def test_field_case_25_profile_runs_draw_distinct_experts(tmp_path: Path) -> None:
     found, _ = check("forced_load_balance", tmp_path)
     # Stock: 16 * 15 * .. * 9 / 16^8 = 12 % of the rows have eight distinct experts.
     assert found["stock"]["rows_with_repeats"] > 500

@@ -221,6 +221,39 @@ def test_the_check_command_is_red_where_stock_does_not_fit() -> None:
     assert "NPUModelRunner._sync_metadata_across_dp does not exist" in problems[0]
 
 
+def test_the_check_command_is_red_where_somebody_wraps_a_patch_point() -> None:
+    before = """
+import dp_sync_patch, wrapt
+
+def wrap(module):
+    wrapt.wrap_function_wrapper(module, "NPUModelRunner.load_model", lambda wrapped, _, args, kwargs: wrapped(*args))
+
+wrapt.register_post_import_hook(wrap, "vllm_ascend.worker.model_runner_v1")
+"""
+    code, out = check_command(before=before)
+    assert code == 1
+    problems = [line for line in out.splitlines() if line.startswith("error: ")]
+    target = "vllm_ascend.worker.model_runner_v1:NPUModelRunner.load_model"
+    assert problems == [f"error: DSP009 not undone, changed by somebody else: {target}"]
+    assert f"  {target}: changed by somebody else" in out
+
+
+def test_the_check_command_is_red_where_the_platform_is_not_ascend() -> None:
+    code, out = check_command(VLLM_PLUGINS="")
+    assert code == 1
+    assert "error: DSP424 VLLM_PLUGINS= loads no plugin at all, not even the Ascend platform" in out
+    assert "error: DSP425 vLLM's platform here is UnspecifiedPlatform, not the Ascend one" in out
+
+
+def test_the_check_command_says_all_it_knows_where_stock_refuses(tmp_path: Path) -> None:
+    command = shlex.split(serve_command(tmp_path, "--enable-dbo"))
+    code, out = check_command("--soc", "A3", "--", *command, DP_SYNC_PATCH_MODE="off")
+    assert code == 2
+    assert "error: DSP432 stock refuses this command line" in out
+    assert "error: DSP005 switched off by its own setting" in out
+    assert "unit worker: waiting for" in out
+
+
 def test_the_check_command_is_red_where_a_plugin_of_somebody_stops_vllm(tmp_path: Path) -> None:
     info = tmp_path / "other_plugin-1.0.dist-info"
     info.mkdir()

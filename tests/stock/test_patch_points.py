@@ -115,7 +115,7 @@ print(json.dumps({"count": count, "same": same, "again": again, "state": state,
     assert result["depth"] == dict.fromkeys(WORKER + ENGINE, 1)
 
 
-def test_what_does_not_fit_leaves_everything_as_it_was() -> None:
+def test_field_case_43_what_does_not_fit_leaves_everything_as_it_was() -> None:
     """Each target in turn is missing, one has another signature, and a model exists already."""
     result, log = _run("""
 import_stock()
@@ -197,7 +197,7 @@ print(json.dumps({"depth": {t: depth(t) for t in TARGETS}}))
     assert result["depth"] == dict.fromkeys(WORKER + ENGINE, 0)
 
 
-def test_fork_children_inherit_the_patches_once() -> None:
+def test_field_case_36_fork_children_inherit_the_patches_once() -> None:
     result, _ = _run("""
 import os
 import dp_sync_patch

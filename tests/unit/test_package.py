@@ -94,7 +94,7 @@ print(json.dumps([sorted(runtime._hooked), dp_sync_patch.status()["state"]]))
     assert run(code, DP_SYNC_PATCH_MODE="off")[0] == [[], "off"]
 
 
-def test_a_bad_setting_is_reported_at_import_and_raised_by_the_plugin() -> None:
+def test_field_case_35_a_bad_setting_is_reported_at_import_and_raised_by_the_plugin() -> None:
     code = """
 import json
 import dp_sync_patch
@@ -125,7 +125,9 @@ except SettingsError as error:
         ("unknown", "0.11.0", False),
     ],
 )
-def test_only_versions_in_the_table_are_supported(vllm: str | None, ascend: str | None, expected: bool) -> None:
+def test_field_case_42_only_versions_in_the_table_are_supported(
+    vllm: str | None, ascend: str | None, expected: bool
+) -> None:
     assert (stock.find({"vllm": vllm, "vllm-ascend": ascend}) is not None) is expected
 
 

@@ -208,6 +208,27 @@ def test_field_case_31_odd_sizes_under_tp() -> None:
     assert plan.sizes.token_budget == 10
 
 
+@pytest.mark.parametrize(("captures", "max_num_seqs", "code"), [([2, 4, 8, 16], 8, "DSP122"), ([1, 2, 4], 7, "DSP104")])
+def test_field_case_17_graph_and_eager_may_not_meet(captures: list[int], max_num_seqs: int, code: str) -> None:
+    """Separate routines: a rank with a 1-token step runs eager beside graphs. A list too short: so do large steps."""
+    node = graph_node(
+        captures,
+        max_num_seqs=max_num_seqs,
+        num_speculative_tokens=1 if code == "DSP122" else 0,
+        graph_mode="FULL_DECODE_ONLY",
+        separate_routines=True,
+    )
+    plan = make_plan(node)
+    assert plan.state is State.SYNC
+    assert code in [reason.code for reason in plan.reasons]
+
+
+def test_field_case_24_a_proposer_that_is_not_known_keeps_the_all_reduce() -> None:
+    node = decode_node(speculative_method="extract_hidden_states", speculative_method_known=False)
+    (reason,) = make_plan(node).reasons
+    assert (reason.code, reason.found) == ("DSP141", "extract_hidden_states")
+
+
 def test_graphs_above_the_bound_are_not_captured() -> None:
     sizes = compute_sizes(graph_node([1, 8, 16, 24, 64, 256], max_num_seqs=20))
     assert sizes.bound == 24

@@ -95,7 +95,7 @@ def test_a_point_covers_its_versions_only() -> None:
     assert not OWN.covers("0.12.0")
 
 
-def test_all_forms_are_wrapped_and_call_through(target: Any) -> None:
+def test_field_case_40_all_forms_are_wrapped_and_call_through(target: Any) -> None:
     registry = Registry()
     points = [OWN, STATIC, CLASSMETHOD, KEYWORD]
     assert registry.apply("worker", points)

@@ -37,13 +37,14 @@ def test_contents(wheel: Path) -> None:
     assert code == {str(path.relative_to(PROJECT)) for path in (PROJECT / "dp_sync_patch").rglob("*.py")}
 
 
-def test_installs_in_a_clean_environment(wheel: Path, tmp_path: Path) -> None:
+def test_field_case_39_installs_in_an_environment_without_setuptools(wheel: Path, tmp_path: Path) -> None:
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv" / "bin" / "python"
     inherited = ("PYTHON", "DP_SYNC_", "VLLM_")
     environ = {name: value for name, value in os.environ.items() if not name.startswith(inherited)}
     install = [str(python), "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", str(wheel)]
     subprocess.run(install, check=True, env=environ)
+    subprocess.run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", "setuptools"], check=True, env=environ)
     # Its two dependencies, taken from here: nothing is downloaded.
     dependencies = tmp_path / "dependencies"
     dependencies.mkdir()
@@ -53,8 +54,10 @@ def test_installs_in_a_clean_environment(wheel: Path, tmp_path: Path) -> None:
         assert spec.origin is not None
         (dependencies / name).symlink_to(Path(spec.origin).parent)
     code = """
-import json
+import importlib.util, json
 from importlib.metadata import entry_points, version
+assert importlib.util.find_spec("setuptools") is None
+assert importlib.util.find_spec("pkg_resources") is None
 import dp_sync_patch
 groups = ("vllm.general_plugins", "vllm.platform_plugins")
 names = [[e.name for e in entry_points(group=group)] for group in groups]
