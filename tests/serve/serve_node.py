@@ -1,105 +1,150 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One decode node without a prefill node: real `vllm serve`, requests sent straight to it, and its ledgers."""
+"""A prefill node that stays up and one decode node after another beside it, behind the proxy, and their ledgers."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import sys
+import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from demo import HOST, OVERLAY_PLUGINS, STOCK_PLUGINS, Cluster, Process, free_port, node_environment
-from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+from demo import HOST, MODEL, OVERLAY_PLUGINS, STOCK_PLUGINS, Cluster, Demo, Process
+from launched_ranks import wait_until_idle
+from load import LoadRequest, run_load
 
-Prompt = tuple[list[int], int]  # token ids, and how many tokens to generate
+Call = dict[str, Any]
 
 
 @dataclass
 class Rank:
     """One rank's ledger, start-up left out. Steps are numbered alike on all ranks."""
 
+    rank: int  # in the EP group
     steps: int
     dp_collectives: int
     kinds: Counter[str]  # HCCL collectives by operator
+    groups: set[str]  # vLLM's names of the groups that these were in
     votes: int
-    dispatches: dict[int, list[dict[str, Any]]]  # step -> dispatch calls in order
-
-
-@dataclass
-class Served:
-    """Tokens per request, the ranks' ledgers, and the node's log."""
-
-    tokens: list[list[int]]
-    ranks: list[Rank]
-    log: str
+    dispatches: dict[int, list[Call]]  # step -> dispatch calls in order
+    combines: dict[int, list[Call]]
+    scheduled: dict[int, int]  # step -> scheduled tokens, 0 for a dummy
+    began: dict[int, float]  # step -> time.monotonic()
 
 
 def read_rank(path: Path) -> Rank:
     events = [json.loads(line) for line in path.read_text().splitlines()]
     groups = {event["comm"]: event["name"] for event in events if event["ev"] == "group"}
     serving = [event for event in events if event.get("step", -1) >= 0]
+    steps = [event for event in serving if event["ev"] == "step"]
     collectives = [event for event in serving if event["ev"] == "collective"]
     device = [event for event in collectives if "comm" in event]
-    dispatches: dict[int, list[dict[str, Any]]] = {}
+    calls: dict[str, dict[int, list[Call]]] = {"dispatch": {}, "combine": {}}
     for event in serving:
-        if event["ev"] == "ep" and event["op"] == "dispatch":
-            dispatches.setdefault(event["step"], []).append(event)
+        if event["ev"] == "ep":
+            calls[event["op"]].setdefault(event["step"], []).append(event)
+    (rank,) = {event["rank"] for event in events if event["ev"] == "ep"}
     return Rank(
-        steps=sum(event["ev"] == "step" for event in serving),
+        rank=rank,
+        steps=len(steps),
         dp_collectives=sum(groups[event["comm"]] == "dp:0" for event in device),
         kinds=Counter(event["kind"] for event in device),
+        groups={groups[event["comm"]] for event in device},
         votes=sum(event.get("group") == "stateless" for event in collectives),
-        dispatches=dispatches,
+        dispatches=calls["dispatch"],
+        combines=calls["combine"],
+        scheduled={event["step"]: event["scheduled_tokens"] for event in steps},
+        began={event["step"]: event["t"] for event in steps},
     )
 
 
-def serve(
-    folder: Path, model: Path, prompts: list[Prompt], overlay: bool, arguments: list[str], environment: dict[str, str]
-) -> Served:
-    """Start the node as stock or with the overlay, send `prompts` 0.3 s apart, stop it."""
-    ledger = folder / "ledger"
-    ledger.mkdir(parents=True)
-    port = free_port(set())
-    transfer = {
-        "kv_connector": "FileKVConnector",
-        "kv_connector_module_path": "kv_connector",
-        "kv_role": "kv_consumer",
-        "kv_connector_extra_config": {"directory": str(folder / "kv")},
-    }
-    command = [
-        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--served-model-name", "toy"),
-        *("--host", HOST, "--port", str(port), "--enforce-eager", "--no-enable-prefix-caching"),
-        *("--enable-expert-parallel", "--api-server-count", "1", "--kv-transfer-config", json.dumps(transfer)),
-        *("--additional-config", json.dumps({"recompute_scheduler_enable": True})),
-        *arguments,
-    ]
-    plugins = OVERLAY_PLUGINS if overlay else STOCK_PLUGINS
-    env = node_environment(ledger) | {"VLLM_PLUGINS": plugins, "VIRTUAL_NPU_TIMEOUT_S": "60"} | environment
-    node = Process("decode node", command, folder / "node.log", env)
-    with Cluster() as cluster:
-        cluster.start(node)
-        cluster.wait_until_ready({node: f"http://{HOST}:{port}/health"})
-        tokens = asyncio.run(_send(f"http://{HOST}:{port}/v1", prompts))
-        cluster.check()
-    return Served(tokens, [read_rank(path) for path in sorted(ledger.iterdir())], node.log.read_text(errors="replace"))
+class PrefillDecodePair:
+    """The demo's nodes with another model and other flags; the decode node is replaced, its port stays.
+
+    Args:
+        cluster: owns all processes.
+        model: folder of the checkpoint.
+        common: flags of both nodes; like all flags here, they win over the demo's.
+        prefill: flags of the prefill node, which is stock.
+    """
+
+    def __init__(
+        self, cluster: Cluster, folder: Path, model: Path, common: Iterable[str], prefill: Iterable[str]
+    ) -> None:
+        self._cluster = cluster
+        self._demo = Demo(folder, port=None, requests=16, runs=[])
+        self._demo.model = model
+        self._demo.transfers.mkdir(parents=True)
+        self._common = list(common)
+        environment = {"VLLM_PLUGINS": STOCK_PLUGINS, "ASCEND_RT_VISIBLE_DEVICES": "7"}
+        self._prefill = self._demo.node(
+            "prefill node", "prefill", self._demo.prefill_port, "kv_producer", environment, [*self._common, *prefill]
+        )
+        self._proxy = self._demo.proxy("prefill")
+        for process in (self._prefill, self._proxy):
+            cluster.start(process)
+
+    def decode_node(
+        self, name: str, arguments: Iterable[str], *, overlay: bool, environment: dict[str, str] | None = None
+    ) -> DecodeNode:
+        """Starts a decode node, as stock or with the overlay, and waits for all three processes."""
+        plugins = {"VLLM_PLUGINS": OVERLAY_PLUGINS if overlay else STOCK_PLUGINS, "VIRTUAL_NPU_TIMEOUT_S": "60"}
+        flags = [*self._common, "--enable-expert-parallel", "--api-server-count", "1", *arguments]
+        port = self._demo.decode_port
+        process = self._demo.node(name, name, port, "kv_consumer", plugins | (environment or {}), flags)
+        self._cluster.start(process)
+        proxy_url, decode_url = f"http://{HOST}:{self._demo.proxy_port}", f"http://{HOST}:{port}"
+        prefill_url = f"http://{HOST}:{self._demo.prefill_port}"
+        urls = {self._prefill: prefill_url, process: decode_url, self._proxy: proxy_url}
+        self._cluster.wait_until_ready({one: f"{url}/health" for one, url in urls.items()})
+        return DecodeNode(self._cluster, process, proxy_url, decode_url, self._demo.output / name / "ledger")
 
 
-async def _send(base_url: str, prompts: list[Prompt]) -> list[list[int]]:
-    http_client = DefaultAsyncHttpxClient(trust_env=False)  # no proxy between us and a loopback address
-    async with AsyncOpenAI(
-        base_url=base_url, api_key="none", timeout=300, max_retries=0, http_client=http_client
-    ) as client:
+@dataclass
+class DecodeNode:
+    """A decode node that serves; leaving the context ends it, and its ledgers can be read."""
 
-        async def one(index: int, prompt: list[int], max_tokens: int) -> list[int]:
-            await asyncio.sleep(0.3 * index)
-            extra = {"return_token_ids": True, "ignore_eos": True}
-            answer: Any = await client.completions.create(
-                model="toy", prompt=prompt, max_tokens=max_tokens, temperature=0, extra_body=extra
-            )
-            token_ids: list[int] = answer.choices[0].model_extra["token_ids"]
-            return token_ids
+    cluster: Cluster
+    process: Process
+    proxy_url: str
+    url: str
+    ledger: Path
 
-        return list(await asyncio.gather(*(one(index, *prompt) for index, prompt in enumerate(prompts))))
+    def __enter__(self) -> DecodeNode:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cluster.stop(self.process)
+
+    def send(self, proxied: list[LoadRequest], direct: list[LoadRequest] | None = None) -> list[list[int]]:
+        """Streams requests through the proxy and others straight to the decode node, where they have no remote KV.
+
+        Returns the token ids of the proxied ones, then of the others. Raises AssertionError with the node's last log
+        lines if one fails.
+        """
+
+        async def both() -> list[Any]:
+            loads = [(self.proxy_url, proxied), (self.url, direct or [])]
+            return [result for found in await asyncio.gather(*(run_load(url, MODEL, load) for url, load in loads))
+                    for result in found]  # fmt: skip
+
+        results = asyncio.run(both())
+        errors = [result.error for result in results if result.error]
+        assert not errors, f"{errors}\n{self.process.tail()}"
+        return [result.token_ids for result in results]
+
+    def wait_until_idle(self) -> float:
+        """Waits for the end of the dummy steps up to the engines' next vote; returns time.monotonic()."""
+        wait_until_idle([self])
+        return time.monotonic()
+
+    def ranks(self) -> list[Rank]:
+        """In the order of the EP group. Read it after the node has ended."""
+        return sorted(map(read_rank, self.ledger.iterdir()), key=lambda rank: rank.rank)
+
+    @property
+    def log(self) -> str:
+        return self.process.log.read_text(errors="replace")

@@ -2,7 +2,7 @@
 # The communication half of the virtual NPU alone, for its own tests:
 #   make -f cann/comm.mk PYTHON=<venv>/bin/python BUILD=<folder> [SANITIZE=1]      builds BUILD/libvirtual_comm.so
 #   make -f cann/comm.mk PYTHON=<venv>/bin/python BUILD=<folder> SANITIZE=1 check-sanitized     and runs the tests on it
-COMM_SOURCES := settings.cpp error.cpp ledger.cpp shm.cpp hccl.cpp aclnn_tensor.cpp aclnn_pad.cpp mc2.cpp
+COMM_SOURCES := settings.cpp error.cpp ledger.cpp shm.cpp hccl.cpp aclnn_tensor.cpp aclnn_pad.cpp mc2_limits.cpp mc2.cpp
 
 PYTHON ?= python3
 BUILD ?= ../../build/virtual_comm
@@ -27,7 +27,7 @@ $(BUILD)/%.o: $(CANN)%.cpp
 check-sanitized: $(BUILD)/libvirtual_comm.so
 	LD_PRELOAD="$(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 VIRTUAL_NPU_TEST_LIBRARY=$(abspath $<) $(PYTHON) -m pytest -q \
-	    tests/test_npu_settings.py tests/test_hccl.py tests/test_mc2.py
+	    tests/test_npu_settings.py tests/test_hccl.py tests/test_mc2.py tests/test_mc2_contracts.py
 .PHONY: check-sanitized
 
 -include $(COMM_OBJECTS:.o=.d)

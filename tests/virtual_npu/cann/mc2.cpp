@@ -15,12 +15,14 @@
 #include <cstring>
 #include <memory>
 #include <optional>
+#include <random>
 #include <set>
 
 #include "aclnn_phases.h"
 #include "error.h"
 #include "half.h"
 #include "ledger.h"
+#include "mc2_limits.h"
 #include "settings.h"
 #include "shm.h"
 
@@ -58,21 +60,26 @@ const std::vector<OpField>& ep_fields() {
         {"quant_mode", false, nullptr},
         {"ep_world_size", false, nullptr},
         {"shared_expert_num", false, nullptr},
-        {"comm_alg", false, [](int64_t v) { return std::string(v != 0 ? "fullmesh_v2" : "default"); }},
+        {"comm_alg", false,
+         [](int64_t v) {
+             static const char* const names[] = {"fullmesh", "fullmesh_v2", "hierarchy"};
+             return std::string(names[v]);
+         }},
         {"HCCL_BUFFSIZE", false, nullptr}};
     return fields;
 }
 
-// A dispatch whose combine has not run yet.
+// A dispatch whose combine has not run yet. `counts` are the true prefix sums; what the caller holds under the names of
+// `assist` and `recv_counts` are numbers that mean nothing (see opaque).
 struct EpPair {
     OpRecord record;
-    std::vector<int32_t> ids, counts, assist;
-    std::vector<char> mask;
+    std::vector<int32_t> ids, counts, assist, recv_counts;
+    std::vector<char> mask, weights, expand_scales;
 };
 
 namespace {
 
-constexpr int64_t kMb = 1 << 20;
+constexpr int64_t kServer = 8;  // ranks of one A2 machine, for the hierarchy algorithm
 
 int64_t up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
@@ -94,6 +101,15 @@ void poison(const aclTensor* tensor, int64_t from) {
     char* begin = tensor->data() + from * size;
     const bool floating = tensor->type == ACL_FLOAT || tensor->type == ACL_FLOAT16 || tensor->type == ACL_BF16;
     std::memset(begin, floating ? 0xff : 0x7f, static_cast<size_t>((tensor->numel() - from) * size));
+}
+
+// What the caller must hand on to combine and may not read: it differs by device, algorithm and version on hardware,
+// and by call here, so that nothing can come to depend on it.
+std::vector<int32_t> opaque(int64_t size) {
+    static thread_local std::mt19937 random{std::random_device{}()};
+    std::vector<int32_t> values(static_cast<size_t>(size));
+    for (int32_t& value : values) value = static_cast<int32_t>(random());
+    return values;
 }
 
 std::string num(int64_t value) { return std::to_string(value); }
@@ -118,6 +134,7 @@ public:
     void run() override {
         check();
         comm_.claim(Comm::Use::kEp, name());
+        if (dispatch_) remember_global_bs();
         const double host_us = comm_.group_operator(record_, [&] { exchange(); });
         if (!ledger_enabled()) return;
         Fields event("ep");
@@ -149,82 +166,83 @@ protected:
         bs_ = ids.dim(0);
         k_ = ids.dim(1);
         h_ = h;
-        const bool a2 = settings().is_a2(), v2 = version_ == 2;
-        const bool mesh2 = a_.algorithm == "fullmesh_v2" && !a2;
-        const auto on = [](const char* variable, const char* value) {
-            const char* text = std::getenv(variable);
-            return text != nullptr && std::string(text) == value;
-        };
-        require(a_.algorithm != "hierarchy" && !(a2 && a_.algorithm.empty() && on("HCCL_INTRA_PCIE_ENABLE", "1") &&
-                                                 on("HCCL_INTRA_ROCE_ENABLE", "0")),
-                "the hierarchy algorithm is not emulated");
-        require(a_.algorithm.empty() || mesh2 || a_.algorithm == (a2 ? "fullmesh" : "fullmesh_v1"),
-                "comm_alg '" + a_.algorithm + "' is unknown on " + settings().soc);
+        const bool a2 = settings().is_a2();
+        algorithm_ = chosen_algorithm(a2);
+        const bool hierarchy = algorithm_ == Algorithm::kHierarchy;
         require(a_.tp_world_size == 0 || a_.tp_world_size == 1,
                 "tp_world_size=" + num(a_.tp_world_size) + " is not emulated");
         require(a_.shard_type == 0, "expert_shard_type=" + num(a_.shard_type) + " is not valid, only 0 is");
         require(a_.shared_ranks == 0, "shared_expert_rank_num=" + num(a_.shared_ranks) + " is not emulated, only 0 is");
+        require(a_.shared_num == 1 || (a_.shared_num == 0 && !a2 && version_ == 2),
+                "shared_expert_num=" + num(a_.shared_num) + " is not valid without shared-expert ranks");
         require(a_.ranks == comm_.size() && a_.rank == comm_.rank(), "ep_rank_id=" + num(a_.rank) +
                                                                          " of ep_world_size=" + num(a_.ranks) +
                                                                          " is not this rank of the communicator");
         require(a_.experts > 0 && a_.experts % a_.ranks == 0,
                 "moe_expert_num=" + num(a_.experts) + " is not a multiple of ep_world_size=" + num(a_.ranks));
-        const int64_t most = a2 || mesh2 ? 256 : 512;
-        require(bs_ >= 1 && bs_ <= most, "BS=" + num(bs_) + " is outside 1.." + num(most) + " on " + settings().soc);
-        require(k_ >= 1 && k_ <= a_.experts, "K=" + num(k_) + " is outside 1.." + num(a_.experts));
-        if (!settings().relaxed_shapes) check_shapes(a2, v2, mesh2);
-        require(a_.global_bs >= bs_ * a_.ranks && a_.global_bs % a_.ranks == 0,
+        require(a_.global_bs >= bs_ * a_.ranks && a_.global_bs % a_.ranks == 0 && a_.global_bs <= INT32_MAX,
                 "global_bs=" + num(a_.global_bs) + " is invalid: it must be a multiple of ep_world_size=" +
                     num(a_.ranks) + " and at least BS*ep_world_size=" + num(bs_ * a_.ranks));
-        require(!mesh2 || a_.global_bs == bs_ * a_.ranks,
-                "comm_alg fullmesh_v2 cannot work when BS differs between ranks (global_bs=" + num(a_.global_bs) +
-                    ", BS=" + num(bs_) + ")");
-        check_window(a2, v2, mesh2);
-        const int64_t values[] = {bs_,   0,        a_.global_bs,  version_, a_.experts,       k_, h_, type,
-                                  quant, a_.ranks, a_.shared_num, mesh2,    comm_.buffer_mb()};
+        require(!loose() || (!hierarchy && algorithm_ != Algorithm::kMesh2),
+                std::string("comm_alg ") + (hierarchy ? "hierarchy" : "fullmesh_v2") +
+                    " cannot work when BS differs between ranks (global_bs=" + num(a_.global_bs) + ", BS=" + num(bs_) +
+                    ")" + (hierarchy ? ": it needs global_bs=0" : ""));
+        require(a2 || !hierarchy, "the hierarchy algorithm is emulated on A2 only");
+        const Shapes shapes{a_.ranks, bs_, k_, h_, a_.experts, a_.global_bs / a_.ranks};
+        const std::string problem = shape_problem(shapes, a2, version_, algorithm_, settings().relaxed_shapes);
+        require(problem.empty(), problem + " on " + settings().soc);
+        const int64_t need_mb = window_mb(shapes, a2, version_, algorithm_, a_.shared_num);
+        require(comm_.buffer_mb() >= need_mb, "HCCL_BUFFSIZE=" + num(comm_.buffer_mb()) +
+                                                  " (MB) is too small: global_bs=" + num(a_.global_bs) +
+                                                  " needs at least " + num(need_mb));
+        if (dispatch_) check_layers();
+        for (const Delay& delay : settings().delays) {
+            require(delay.rank < a_.ranks,
+                    "VIRTUAL_NPU_DELAY names rank " + num(delay.rank) + ", but there are " + num(a_.ranks) + " ranks");
+        }
+        // clang-format off
+        const int64_t values[] = {bs_, 0, a_.global_bs, version_, a_.experts, k_, h_, type, quant, a_.ranks,
+                                  a_.shared_num, static_cast<int64_t>(algorithm_), comm_.buffer_mb()};
+        // clang-format on
         static_assert(sizeof values / sizeof *values == kEpValues, "one value per field");
         std::copy(std::begin(values), std::end(values), record_.values);
     }
 
-    void check_shapes(bool a2, bool v2, bool mesh2) const {
-        static const std::set<int64_t> a2_v1 = {16, 32, 64}, a2_v2 = {16, 32, 64, 128, 256},
-                                       a3_v1 = {8, 16, 32, 64, 128, 144, 256, 288};
-        const std::string hint = " on " + settings().soc + " (VIRTUAL_NPU_SHAPES=relaxed lifts this)";
-        const bool ranks = a2   ? (v2 ? a2_v2 : a2_v1).count(a_.ranks) != 0
-                           : v2 ? a_.ranks >= 2 && a_.ranks <= 768
-                                : a3_v1.count(a_.ranks) != 0;
-        require(ranks, "ep_world_size=" + num(a_.ranks) + " is not supported" + hint);
-        require(a_.experts <= (v2 && !a2 ? 1024 : 512) && (!a2 || v2 || local_experts() <= 24) &&
-                    (a2 || a_.experts <= 2048),
-                "moe_expert_num=" + num(a_.experts) + " is not supported" + hint);
-        const int64_t most_k = a2 ? 16 : !v2 ? 8 : mesh2 ? 12 : 16;
-        require(k_ <= most_k, "K=" + num(k_) + " is above " + num(most_k) + hint);
-        if (a2) {
-            require(h_ > 0 && h_ <= 7168 && h_ % 32 == 0,
-                    "H=" + num(h_) + " is not a multiple of 32 in 32..7168" + hint);
-        } else if (v2) {
-            require(h_ >= 1024 && h_ <= 8192, "H=" + num(h_) + " is outside 1024..8192" + hint);
-        } else {
-            require(h_ == 7168, "H=" + num(h_) + " is not 7168" + hint);
+    // comm_alg; on A2 two variables turn "" into hierarchy.
+    Algorithm chosen_algorithm(bool a2) const {
+        const auto on = [](const char* variable, const char* value) {
+            const char* text = std::getenv(variable);
+            return text != nullptr && std::string(text) == value;
+        };
+        const std::string& name = a_.algorithm;
+        if (name == "hierarchy") return Algorithm::kHierarchy;
+        if (name.empty()) {
+            return a2 && on("HCCL_INTRA_PCIE_ENABLE", "1") && on("HCCL_INTRA_ROCE_ENABLE", "0") ? Algorithm::kHierarchy
+                                                                                                : Algorithm::kMesh;
         }
+        if (a2 ? name == "fullmesh" : dispatch_ && name == "fullmesh_v1") return Algorithm::kMesh;
+        require(!a2 && dispatch_ && name == "fullmesh_v2", "comm_alg '" + name + "' is unknown on " + settings().soc);
+        return Algorithm::kMesh2;
     }
 
-    void check_window(bool a2, bool v2, bool mesh2) const {
-        const int64_t most = a_.global_bs / a_.ranks, l = local_experts();
-        int64_t need = 0;
-        if (a2) {
-            need = 2 * (most * a_.ranks * std::min(l, k_) * h_ * 2 + 2 * kMb);
-        } else if (!v2) {
-            need = 2 * most * 2 * (h_ + 128) * (a_.ranks * l + k_ + 1) + 2 * kMb;
-        } else {
-            const int64_t row = up(2 * h_, 32) + 64;
-            need = 2 * (l * most * a_.ranks * (mesh2 ? (row + 479) / 480 * 512 : up(row, 512)) +
-                        (k_ + a_.shared_num) * most * up(2 * h_, 512));
-        }
-        const int64_t need_mb = (need + kMb - 1) / kMb;
-        require(comm_.buffer_mb() >= need_mb, "HCCL_BUFFSIZE=" + num(comm_.buffer_mb()) +
-                                                  " (MB) is too small: global_bs=" + num(a_.global_bs) +
-                                                  " needs at least " + num(need_mb));
+    // More than this rank's BS asks for: ranks may hold different numbers of rows.
+    bool loose() const { return a_.global_bs != bs_ * a_.ranks; }
+
+    // global_bs must be one value in every layer of the network. The binding turns 0 into BS*ep_world_size, so only a
+    // larger value is known to be given by the caller; from then on, and before, there may be no other.
+    void check_layers() const {
+        const Comm::GlobalBs& seen = comm_.global_bs;
+        if (seen.latest == 0 || (!seen.loose && !loose())) return;
+        require(!seen.varied && seen.latest == a_.global_bs,
+                "global_bs=" + num(a_.global_bs) + " (BS=" + num(bs_) + ") differs from " + num(seen.latest) +
+                    " of an earlier layer: it must be the same in all layers, and 0 in all or none");
+    }
+
+    void remember_global_bs() const {
+        Comm::GlobalBs& seen = comm_.global_bs;
+        seen.varied |= seen.latest != 0 && seen.latest != a_.global_bs;
+        seen.loose |= loose();
+        seen.latest = a_.global_bs;
     }
 
     // Reads the mask and sets how many rows take part.
@@ -236,9 +254,8 @@ protected:
         require(version_ == 2, "x_active_mask is reserved in version 1");
         require(mask->shape.size() == 1, "x_active_mask " + mask->describe() + " is not emulated, only bool (BS) is");
         expect(*mask, "x_active_mask", {ACL_BOOL, ACL_INT8, ACL_UINT8}, {bs_});
-        require(a_.global_bs == bs_ * a_.ranks,
-                "Different bs on different rank cannot work when isActiveMask=true: global_bs=" + num(a_.global_bs) +
-                    " with BS=" + num(bs_) + " and x_active_mask");
+        require(!loose(), "Different bs on different rank cannot work when isActiveMask=true: global_bs=" +
+                              num(a_.global_bs) + " with BS=" + num(bs_) + " and x_active_mask");
         mask_ = mask->packed();
         active_ = std::find(mask_.begin(), mask_.end(), 0) - mask_.begin();
         require(std::count(mask_.begin() + active_, mask_.end(), 0) == bs_ - active_,
@@ -280,6 +297,7 @@ protected:
     const Attributes a_;
     Comm& comm_;
     OpRecord record_;
+    Algorithm algorithm_ = Algorithm::kMesh;
     int64_t bs_ = 0, k_ = 0, h_ = 0, active_ = 0;
     std::vector<char> mask_;
     std::vector<int32_t> ids_;
@@ -290,14 +308,15 @@ std::optional<aclTensor> keep(const aclTensor* tensor) {
     return tensor != nullptr ? std::optional<aclTensor>(*tensor) : std::nullopt;
 }
 
-// How the data of a dispatch lie in the window: the active rows' count, expert ids, row scales, and rows. With smooth
-// scales a row is quantised for each slot apart, otherwise once.
+// How the data of a dispatch lie in the window: the active rows' count, expert ids, routing weights (if any), row
+// scales, and rows. With smooth scales a row is quantised for each slot apart, otherwise once.
 struct DispatchLayout {
-    int64_t rows, ids_at, scales_at, rows_at, row_bytes;
-    DispatchLayout(int64_t active, int64_t k, bool per_slot, int64_t row_bytes_) : row_bytes(row_bytes_) {
+    int64_t rows, ids_at, weights_at, scales_at, rows_at, row_bytes;
+    DispatchLayout(int64_t active, int64_t k, bool weights, bool per_slot, int64_t row_bytes_) : row_bytes(row_bytes_) {
         rows = active * (per_slot ? k : 1);
         ids_at = 64;
-        scales_at = ids_at + up(active * k * 4, 64);
+        weights_at = ids_at + up(active * k * 4, 64);
+        scales_at = weights_at + (weights ? up(active * k * 4, 64) : 0);
         rows_at = scales_at + up(rows * 4, 64);
     }
     int64_t bytes() const { return rows_at + rows * row_bytes; }
@@ -310,12 +329,13 @@ public:
     };
 
     Dispatch(int version, const Attributes& a, const aclTensor* x, const aclTensor* ids, const aclTensor* scales,
-             const aclTensor* mask, int64_t quant, int64_t nums_type, const Outputs& out)
+             const aclTensor* mask, const aclTensor* weights, int64_t quant, int64_t nums_type, const Outputs& out)
         : EpCall(true, version, a),
           x_(keep(x)),
           expert_ids_(keep(ids)),
           scales_(keep(scales)),
           active_mask_(keep(mask)),
+          weights_(keep(weights)),
           quant_(quant),
           nums_type_(nums_type),
           expand_x_(keep(out.expand_x)),
@@ -331,6 +351,8 @@ public:
         require(x_->shape.size() == 2, "x must be (BS, H), not " + x_->describe());
         require(quant_ == 0 || quant_ == 2, "quant_mode=" + num(quant_) + " is not supported on " + settings().soc);
         require(quant_ == 2 || !scales_, "scales without quant_mode 2");
+        require(nums_type_ == 0 || nums_type_ == 1,
+                "expert_token_nums_type=" + num(nums_type_) + " is not valid, only 0 and 1 are");
         check_attributes(*expert_ids_, x_->dim(1), x_->type, quant_);
         expect(*x_, "x", {ACL_BF16, ACL_FLOAT16}, {bs_, h_});
         check_mask(active_mask_);
@@ -342,8 +364,10 @@ public:
             assist_->type == ACL_INT32 && assist_->numel() >= (version_ == 1 ? bs_ * k_ : std::max(bs_ * k_, a * 128)),
             "expand_idx is " + assist_->describe());
         expect(*token_nums_, "expert_token_nums", {ACL_INT64}, {local_experts()});
-        require(recv_counts_->type == ACL_INT32 && recv_counts_->numel() >= a_.ranks * local_experts(),
+        const int64_t offsets = weights_ ? 2 * a_.global_bs * k_ * (a_.ranks / kServer) : 0;
+        require(recv_counts_->type == ACL_INT32 && recv_counts_->numel() >= a_.ranks * local_experts() + offsets,
                 "ep_recv_counts is " + recv_counts_->describe());
+        check_weights(a);
         require(quant_ == 0 || (dynamic_scales_ && dynamic_scales_->type == ACL_FLOAT && dynamic_scales_->numel() >= a),
                 "dynamic_scales is missing or too small");
         require(comm_.ep_pair == nullptr,
@@ -352,8 +376,9 @@ public:
     }
 
     void exchange() override {
+        if (const Delay* delay = own_delay()) comm_.sleep(record_, delay->ms / 1000.0);
         const int64_t row_bytes = h_ * (quant_ != 0 ? 1 : 2);
-        const DispatchLayout mine(active_, k_, scales_.has_value(), row_bytes);
+        const DispatchLayout mine(active_, k_, weights_.has_value(), scales_.has_value(), row_bytes);
         pack(comm_.open_stage(record_, static_cast<uint64_t>(mine.bytes())), mine);
         comm_.post(record_);
         comm_.await(record_, comm_.all_ranks());
@@ -364,11 +389,33 @@ public:
     }
 
 private:
+    // Hierarchy weights the rows where the experts are, so dispatch sends the weights along.
+    void check_weights(int64_t rows) const {
+        const bool hierarchy = algorithm_ == Algorithm::kHierarchy;
+        require(!weights_ || hierarchy, "expert_scales is for the hierarchy algorithm only");
+        if (!hierarchy) return;
+        require(weights_.has_value(), "expert_scales is missing, which the hierarchy algorithm needs");
+        expect(*weights_, "expert_scales", {ACL_FLOAT}, {bs_, k_});
+        require(expand_scales_ && expand_scales_->type == ACL_FLOAT && expand_scales_->numel() >= rows,
+                "expand_scales is missing or too small");
+    }
+
+    // The entry of VIRTUAL_NPU_DELAY that slows this dispatch, if there is one.
+    const Delay* own_delay() const {
+        const int nth = static_cast<int>((record_.ordinal + 1) / 2);  // every dispatch is followed by its combine
+        for (const Delay& delay : settings().delays) {
+            if (delay.rank == comm_.rank() && (delay.nth == 0 || delay.nth == nth)) return &delay;
+        }
+        return nullptr;
+    }
+
     void pack(char* to, const DispatchLayout& layout) const {
         const std::vector<char> x = x_->packed(), smooth = scales_ ? scales_->packed() : std::vector<char>();
         std::memcpy(to, &active_, sizeof active_);
         if (active_ == 0) return;
         std::memcpy(to + layout.ids_at, ids_.data(), static_cast<size_t>(active_ * k_ * 4));
+        if (weights_)
+            std::memcpy(to + layout.weights_at, weights_->packed().data(), static_cast<size_t>(active_ * k_ * 4));
         if (quant_ == 0) {
             std::memcpy(to + layout.rows_at, x.data(), static_cast<size_t>(active_ * layout.row_bytes));
             return;
@@ -429,17 +476,14 @@ private:
                                 num(total) + " rows arrive, expand_x holds " + num(expand_x_->dim(0)) +
                                     ": rows that name an expert twice overrun it");
         }
-        std::vector<int32_t> assist(static_cast<size_t>(version_ == 1 ? active_ * k_ : total * 3));
         std::vector<int32_t> next(counts.size(), 0);
         for (size_t i = 1; i < counts.size(); ++i) next[i] = counts[i - 1];
-        std::vector<int32_t> own_order(static_cast<size_t>(a_.experts), 0);
         for (const int r : comm_.all_ranks()) {
             const Source& source = sources[static_cast<size_t>(r)];
-            const DispatchLayout layout(source.active, k_, scales_.has_value(), h_ * (quant_ != 0 ? 1 : 2));
+            const DispatchLayout layout(source.active, k_, weights_.has_value(), scales_.has_value(),
+                                        h_ * (quant_ != 0 ? 1 : 2));
             for (int64_t i = 0; i < source.active * k_; ++i) {
                 const int32_t id = source.ids[i];
-                if (version_ == 1 && r == comm_.rank())
-                    assist[static_cast<size_t>(i)] = own_order[static_cast<size_t>(id)]++;
                 if (id < first || id >= first + l) continue;
                 const int32_t row = next[static_cast<size_t>((id - first) * ranks + r)]++;
                 const int64_t from = scales_ ? i : i / k_;
@@ -448,10 +492,7 @@ private:
                             static_cast<size_t>(layout.row_bytes));
                 if (quant_ != 0)
                     std::memcpy(dynamic_scales_->data() + row * 4, source.data + layout.scales_at + from * 4, 4);
-                if (version_ != 1) {
-                    const int32_t triple[] = {r, static_cast<int32_t>(i / k_), static_cast<int32_t>(i % k_)};
-                    std::copy(std::begin(triple), std::end(triple), assist.begin() + row * 3);
-                }
+                if (weights_) std::memcpy(expand_scales_->data() + row * 4, source.data + layout.weights_at + i * 4, 4);
             }
         }
         for (int64_t e = 0; e < l; ++e) {
@@ -459,13 +500,24 @@ private:
             const int64_t value = nums_type_ == 0 || e == 0 ? end : end - counts[static_cast<size_t>(e * ranks - 1)];
             std::memcpy(token_nums_->data() + e * 8, &value, sizeof value);
         }
-        write(*recv_counts_, counts);
-        write(*assist_, assist);
+        EpPair pair;
+        pair.record = record_;
+        pair.ids = ids_;
+        pair.counts = counts;
+        pair.mask = mask_;
+        pair.assist = opaque(version_ == 1 ? active_ * k_ : total * 3);
+        pair.recv_counts = opaque(recv_counts_->numel());
+        write(*assist_, pair.assist);
+        write(*recv_counts_, pair.recv_counts);
         poison(&*expand_x_, total * h_);
         poison(dynamic_scales_ ? &*dynamic_scales_ : nullptr, quant_ != 0 ? total : 0);
         poison(tp_recv_counts_ ? &*tp_recv_counts_ : nullptr, 0);
-        poison(expand_scales_ ? &*expand_scales_ : nullptr, 0);
-        comm_.ep_pair = std::make_shared<EpPair>(EpPair{record_, ids_, counts, assist, mask_});
+        poison(expand_scales_ ? &*expand_scales_ : nullptr, weights_ ? total : 0);
+        if (weights_) {
+            pair.weights = weights_->packed();
+            pair.expand_scales.assign(expand_scales_->data(), expand_scales_->data() + total * 4);
+        }
+        comm_.ep_pair = std::make_shared<EpPair>(std::move(pair));
     }
 
     static void write(const aclTensor& tensor, const std::vector<int32_t>& values) {
@@ -487,7 +539,7 @@ private:
         ledger_event(event.add("rule", "duplicate_expert").add("text", duplicate_));
     }
 
-    const std::optional<aclTensor> x_, expert_ids_, scales_, active_mask_;
+    const std::optional<aclTensor> x_, expert_ids_, scales_, active_mask_, weights_;
     const int64_t quant_, nums_type_;
     const std::optional<aclTensor> expand_x_, dynamic_scales_, assist_, token_nums_, recv_counts_, tp_recv_counts_,
         expand_scales_;
@@ -496,8 +548,8 @@ private:
 class Combine : public EpCall {
 public:
     Combine(int version, const Attributes& a, const aclTensor* expand_x, const aclTensor* ids, const aclTensor* assist,
-            const aclTensor* counts, const aclTensor* weights, const aclTensor* mask, const aclTensor* shared,
-            int64_t comm_quant, const aclTensor* out)
+            const aclTensor* counts, const aclTensor* weights, const aclTensor* mask, const aclTensor* expand_scales,
+            const aclTensor* shared, int64_t comm_quant, const aclTensor* out)
         : EpCall(false, version, a),
           rows_(keep(expand_x)),
           expert_ids_(keep(ids)),
@@ -505,6 +557,7 @@ public:
           counts_(keep(counts)),
           weights_(keep(weights)),
           active_mask_(keep(mask)),
+          expand_scales_(keep(expand_scales)),
           shared_(keep(shared)),
           comm_quant_(comm_quant),
           out_(keep(out)) {}
@@ -525,6 +578,8 @@ public:
         const EpPair& pair = *comm_.ep_pair;
         for (size_t i = 0; i < kEpValues; ++i) {
             if (i == kQuant || i == kType) continue;  // the experts return full precision whatever was sent
+            const bool mesh2 = pair.record.values[i] == static_cast<int64_t>(Algorithm::kMesh2);
+            if (i == kAlgorithm && mesh2 && algorithm_ == Algorithm::kMesh) continue;  // combine has no such name
             require(pair.record.values[i] == record_.values[i],
                     std::string(ep_fields()[i].name) + " differs from the paired dispatch: " + record_.describe() +
                         " after " + pair.record.describe());
@@ -532,9 +587,14 @@ public:
         require(std::equal(ids_.begin(), ids_.begin() + active_ * k_, pair.ids.begin()),
                 "expert_ids differ from the paired dispatch");
         require(mask_ == pair.mask, "x_active_mask differs from the paired dispatch");
-        require(starts_with(*counts_, pair.counts), "ep_send_counts is not what the paired dispatch returned");
+        require(starts_with(*counts_, pair.recv_counts), "ep_send_counts is not what the paired dispatch returned");
         require(starts_with(*assist_, pair.assist),
                 "assist_info_for_combine (expand_idx) is not what the paired dispatch returned");
+        if (algorithm_ != Algorithm::kHierarchy) return;
+        // Rows are weighted where they are: by expand_scales, which holds the weights that dispatch was given.
+        require(expand_scales_ && starts_with(*expand_scales_, pair.expand_scales),
+                "expand_scales is not what the paired dispatch returned");
+        require(weights_->packed() == pair.weights, "expert_scales differ from the paired dispatch");
     }
 
     void exchange() override {
@@ -569,18 +629,38 @@ public:
 
 private:
     // Slot by slot in order, each product and each sum rounded to fp32 on its own, so the bits depend on the row alone.
-    void add_up(const std::vector<const char*>& slots) const {
+    // Hierarchy first adds what comes from one server, then the servers' sums.
+    void add_up(const std::vector<const char*>& rows) const {
+        struct Slot {
+            const char* row;
+            float weight;
+            int64_t server;
+        };
         const std::vector<char> weights = weights_->packed(),
                                 shared = shared_ ? shared_->packed() : std::vector<char>();
+        std::vector<Slot> slots(static_cast<size_t>(k_));
         for (int64_t t = 0; t < active_; ++t) {
+            for (int64_t s = 0; s < k_; ++s) {
+                const auto at = static_cast<size_t>(t * k_ + s);
+                Slot& slot = slots[static_cast<size_t>(s)] = {rows[at], 0, 0};
+                std::memcpy(&slot.weight, weights.data() + at * 4, sizeof slot.weight);
+                if (algorithm_ == Algorithm::kHierarchy) slot.server = ids_[at] / local_experts() / kServer;
+            }
+            std::stable_sort(slots.begin(), slots.end(),
+                             [](const Slot& a, const Slot& b) { return a.server < b.server; });
             for (int64_t i = 0; i < h_; ++i) {
-                float sum = 0;
-                for (int64_t s = 0; s < k_; ++s) {
-                    float weight;
-                    std::memcpy(&weight, weights.data() + (t * k_ + s) * 4, sizeof weight);
-                    const float product = load(slots[static_cast<size_t>(t * k_ + s)] + i * 2, rows_->type) * weight;
-                    sum = sum + product;
+                float sum = 0, part = 0;
+                int64_t server = 0;
+                for (const Slot& slot : slots) {
+                    if (slot.server != server) {
+                        sum = sum + part;
+                        part = 0;
+                        server = slot.server;
+                    }
+                    const float product = load(slot.row + i * 2, rows_->type) * slot.weight;
+                    part = part + product;
                 }
+                sum = sum + part;
                 if (shared_) sum = sum + load(shared.data() + (t * h_ + i) * 2, shared_->type);
                 store(out_->data() + (t * h_ + i) * 2, out_->type, sum);
             }
@@ -588,13 +668,15 @@ private:
         poison(&*out_, active_ * h_);
     }
 
-    static bool starts_with(const aclTensor& tensor, const std::vector<int32_t>& values) {
-        if (tensor.type != ACL_INT32 || tensor.numel() < static_cast<int64_t>(values.size())) return false;
+    template <class T>
+    static bool starts_with(const aclTensor& tensor, const std::vector<T>& values) {
+        const size_t bytes = values.size() * sizeof(T);
         const std::vector<char> raw = tensor.packed();
-        return values.empty() || std::memcmp(raw.data(), values.data(), values.size() * 4) == 0;
+        return raw.size() >= bytes && (bytes == 0 || std::memcmp(raw.data(), values.data(), bytes) == 0);
     }
 
-    const std::optional<aclTensor> rows_, expert_ids_, assist_, counts_, weights_, active_mask_, shared_;
+    const std::optional<aclTensor> rows_, expert_ids_, assist_, counts_, weights_, active_mask_, expand_scales_,
+        shared_;
     const int64_t comm_quant_;
     const std::optional<aclTensor> out_;
 };
@@ -625,25 +707,25 @@ extern "C" {
 
 int aclnnMoeDistributeDispatchGetWorkspaceSize(
     const aclTensor* x, const aclTensor* expertIds, const aclTensor* scales, const aclTensor* xActiveMask,
-    const aclTensor*, char* groupEp, int64_t epWorldSize, int64_t epRankId, int64_t moeExpertNum, char*,
+    const aclTensor* expertScales, char* groupEp, int64_t epWorldSize, int64_t epRankId, int64_t moeExpertNum, char*,
     int64_t tpWorldSize, int64_t, int64_t expertShardType, int64_t sharedExpertNum, int64_t sharedExpertRankNum,
     int64_t quantMode, int64_t globalBs, int64_t expertTokenNumsType, aclTensor* expandX, aclTensor* dynamicScales,
     aclTensor* expandIdx, aclTensor* expertTokenNums, aclTensor* epRecvCounts, aclTensor* tpRecvCounts,
     aclTensor* expandScales, uint64_t* workspaceSize, aclOpExecutor** executor) {
     return prepare("aclnnMoeDistributeDispatch", workspaceSize, executor, [&] {
-        return checked(std::make_unique<Dispatch>(
-            1,
-            attributes(groupEp, epWorldSize, epRankId, moeExpertNum, tpWorldSize, expertShardType, sharedExpertNum,
-                       sharedExpertRankNum, globalBs, ""),
-            x, expertIds, scales, xActiveMask, quantMode, expertTokenNumsType,
-            Dispatch::Outputs{expandX, dynamicScales, expandIdx, expertTokenNums, epRecvCounts, tpRecvCounts,
-                              expandScales}));
+        return checked(
+            std::make_unique<Dispatch>(1,
+                                       attributes(groupEp, epWorldSize, epRankId, moeExpertNum, tpWorldSize,
+                                                  expertShardType, sharedExpertNum, sharedExpertRankNum, globalBs, ""),
+                                       x, expertIds, scales, xActiveMask, expertScales, quantMode, expertTokenNumsType,
+                                       Dispatch::Outputs{expandX, dynamicScales, expandIdx, expertTokenNums,
+                                                         epRecvCounts, tpRecvCounts, expandScales}));
     });
 }
 
 int aclnnMoeDistributeDispatchV2GetWorkspaceSize(
     const aclTensor* x, const aclTensor* expertIds, const aclTensor* scales, const aclTensor* xActiveMask,
-    const aclTensor*, char* groupEp, int64_t epWorldSize, int64_t epRankId, int64_t moeExpertNum, char*,
+    const aclTensor* expertScales, char* groupEp, int64_t epWorldSize, int64_t epRankId, int64_t moeExpertNum, char*,
     int64_t tpWorldSize, int64_t, int64_t expertShardType, int64_t sharedExpertNum, int64_t sharedExpertRankNum,
     int64_t quantMode, int64_t globalBs, int64_t expertTokenNumsType, char* commAlg, aclTensor* expandX,
     aclTensor* dynamicScales, aclTensor* assistInfoForCombine, aclTensor* expertTokenNums, aclTensor* epRecvCounts,
@@ -653,7 +735,7 @@ int aclnnMoeDistributeDispatchV2GetWorkspaceSize(
             2,
             attributes(groupEp, epWorldSize, epRankId, moeExpertNum, tpWorldSize, expertShardType, sharedExpertNum,
                        sharedExpertRankNum, globalBs, commAlg),
-            x, expertIds, scales, xActiveMask, quantMode, expertTokenNumsType,
+            x, expertIds, scales, xActiveMask, expertScales, quantMode, expertTokenNumsType,
             Dispatch::Outputs{expandX, dynamicScales, assistInfoForCombine, expertTokenNums, epRecvCounts, tpRecvCounts,
                               expandScales}));
     });
@@ -662,23 +744,24 @@ int aclnnMoeDistributeDispatchV2GetWorkspaceSize(
 int aclnnMoeDistributeCombineGetWorkspaceSize(
     const aclTensor* expandX, const aclTensor* expertIds, const aclTensor* expandIdx, const aclTensor* epSendCounts,
     const aclTensor* expertScales, const aclTensor*, const aclTensor* xActiveMask, const aclTensor*, const aclTensor*,
-    const aclTensor*, const aclTensor*, char* groupEp, int64_t epWorldSize, int64_t epRankId, int64_t moeExpertNum,
-    char*, int64_t tpWorldSize, int64_t, int64_t expertShardType, int64_t sharedExpertNum, int64_t sharedExpertRankNum,
-    int64_t globalBs, int64_t, int64_t commQuantMode, int64_t, aclTensor* x, uint64_t* workspaceSize,
-    aclOpExecutor** executor) {
+    const aclTensor*, const aclTensor* expandScales, char* groupEp, int64_t epWorldSize, int64_t epRankId,
+    int64_t moeExpertNum, char*, int64_t tpWorldSize, int64_t, int64_t expertShardType, int64_t sharedExpertNum,
+    int64_t sharedExpertRankNum, int64_t globalBs, int64_t, int64_t commQuantMode, int64_t, aclTensor* x,
+    uint64_t* workspaceSize, aclOpExecutor** executor) {
     return prepare("aclnnMoeDistributeCombine", workspaceSize, executor, [&] {
-        return checked(std::make_unique<Combine>(
-            1,
-            attributes(groupEp, epWorldSize, epRankId, moeExpertNum, tpWorldSize, expertShardType, sharedExpertNum,
-                       sharedExpertRankNum, globalBs, ""),
-            expandX, expertIds, expandIdx, epSendCounts, expertScales, xActiveMask, nullptr, commQuantMode, x));
+        return checked(
+            std::make_unique<Combine>(1,
+                                      attributes(groupEp, epWorldSize, epRankId, moeExpertNum, tpWorldSize,
+                                                 expertShardType, sharedExpertNum, sharedExpertRankNum, globalBs, ""),
+                                      expandX, expertIds, expandIdx, epSendCounts, expertScales, xActiveMask,
+                                      expandScales, nullptr, commQuantMode, x));
     });
 }
 
 int aclnnMoeDistributeCombineV2GetWorkspaceSize(
     const aclTensor* expandX, const aclTensor* expertIds, const aclTensor* assistInfoForCombine,
     const aclTensor* epSendCounts, const aclTensor* expertScales, const aclTensor*, const aclTensor* xActiveMask,
-    const aclTensor*, const aclTensor*, const aclTensor*, const aclTensor*, const aclTensor* sharedExpertX,
+    const aclTensor*, const aclTensor*, const aclTensor*, const aclTensor* expandScales, const aclTensor* sharedExpertX,
     char* groupEp, int64_t epWorldSize, int64_t epRankId, int64_t moeExpertNum, char*, int64_t tpWorldSize, int64_t,
     int64_t expertShardType, int64_t sharedExpertNum, int64_t sharedExpertRankNum, int64_t globalBs, int64_t,
     int64_t commQuantMode, int64_t, char* commAlg, aclTensor* x, uint64_t* workspaceSize, aclOpExecutor** executor) {
@@ -687,8 +770,8 @@ int aclnnMoeDistributeCombineV2GetWorkspaceSize(
             2,
             attributes(groupEp, epWorldSize, epRankId, moeExpertNum, tpWorldSize, expertShardType, sharedExpertNum,
                        sharedExpertRankNum, globalBs, commAlg),
-            expandX, expertIds, assistInfoForCombine, epSendCounts, expertScales, xActiveMask, sharedExpertX,
-            commQuantMode, x));
+            expandX, expertIds, assistInfoForCombine, epSendCounts, expertScales, xActiveMask, expandScales,
+            sharedExpertX, commQuantMode, x));
     });
 }
 

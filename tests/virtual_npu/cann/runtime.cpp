@@ -139,10 +139,16 @@ void aclAppLog(aclLogLevel level, const char*, const char*, uint32_t, const char
     va_end(arguments);
 }
 
-const char* aclrtGetSocName() { return vnpu::settings().soc.c_str(); }
+const char* aclrtGetSocName() {
+    try {
+        return vnpu::settings().soc.c_str();
+    } catch (const std::exception&) {
+        return nullptr;  // aclInit says why
+    }
+}
 
 aclError aclsysGetCANNVersion(aclCANNPackageName, aclCANNPackageVersion* version) {
-    // The CANN release that vllm-ascend 0.11.0 is built for (UPSTREAM section 10); torch_npu gates features on it.
+    // The CANN release that vllm-ascend 0.11.0 is built for; torch_npu gates features on it.
     std::memset(version, 0, sizeof(*version));
     std::snprintf(version->version, sizeof(version->version), "8.3.RC2");
     return ACL_SUCCESS;

@@ -3,12 +3,15 @@
 
 #include <unistd.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <charconv>
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
 #include <stdexcept>
+#include <string_view>
 
 namespace vnpu {
 namespace {
@@ -17,6 +20,7 @@ constexpr int64_t kMinDeviceMemoryMb = 64;
 constexpr int64_t kMinWindowMb = 1;
 constexpr int64_t kMaxMb = int64_t{1} << 24;  // 16 TB: anything above is a typing error
 constexpr double kMaxTimeout = 86400;
+constexpr int kMaxDelayMs = 3600 * 1000;
 
 std::string text(const char* name, const char* fallback) {
     const char* value = std::getenv(name);
@@ -36,6 +40,39 @@ int64_t integer(const char* name, int64_t fallback, int64_t least, int64_t most)
         reject(name, value, "a whole number from " + std::to_string(least) + " to " + std::to_string(most));
     }
     return number;
+}
+
+// Takes a number of up to nine digits, or one character, from the front of `text`.
+bool take(std::string_view& text, int& number) {
+    const auto [end, error] = std::from_chars(text.data(), text.data() + std::min<size_t>(text.size(), 9), number);
+    text.remove_prefix(static_cast<size_t>(end - text.data()));
+    return error == std::errc();
+}
+bool take(std::string_view& text, char wanted) {
+    const bool found = !text.empty() && text.front() == wanted;
+    if (found) text.remove_prefix(1);
+    return found;
+}
+
+std::vector<Delay> delays(const char* name) {
+    const std::string value = text(name, "");
+    std::vector<Delay> all;
+    std::string_view rest = value;
+    for (bool more = !rest.empty(); more;) {
+        Delay delay{};
+        bool good = take(rest, delay.rank) && take(rest, ':') && take(rest, delay.ms);
+        if (good && take(rest, '@')) good = take(rest, delay.nth) && delay.nth > 0;
+        more = take(rest, ',');
+        good = good && (more || rest.empty()) && delay.rank >= 0 && delay.ms > 0 && delay.ms <= kMaxDelayMs;
+        const auto same = [&](const Delay& other) { return other.rank == delay.rank; };
+        if (!good || std::any_of(all.begin(), all.end(), same)) {
+            reject(name, value,
+                   "<rank>:<ms> or <rank>:<ms>@<nth dispatch>, several with commas, each rank once, ms from 1 to " +
+                       std::to_string(kMaxDelayMs));
+        }
+        all.push_back(delay);
+    }
+    return all;
 }
 
 std::string choice(const char* name, std::initializer_list<const char*> allowed) {
@@ -76,6 +113,7 @@ Settings read() {
     s.timeout_s = seconds("VIRTUAL_NPU_TIMEOUT_S", 60);
     s.relaxed_shapes = choice("VIRTUAL_NPU_SHAPES", {"strict", "relaxed"}) == "relaxed";
     s.report_duplicate_experts = choice("VIRTUAL_NPU_DUPLICATE_EXPERTS", {"refuse", "report"}) == "report";
+    s.delays = delays("VIRTUAL_NPU_DELAY");
     s.ledger_dir = writable_directory("VIRTUAL_NPU_LEDGER_DIR");
     return s;
 }
@@ -83,10 +121,20 @@ Settings read() {
 }  // namespace
 
 const Settings& settings() {
-    // A throw leaves it unset, so that every later call fails the same way; never destroyed, for calls made while
-    // exiting.
-    static const Settings* const instance = new Settings(read());
-    return *instance;
+    struct Owned {
+        pid_t process;
+        Settings settings;
+    };
+    // A throw changes nothing, so that every later call fails the same way. Never destroyed, for calls made while
+    // exiting and for texts that callers keep.
+    static std::atomic<const Owned*> latest{nullptr};
+    const Owned* known = latest;
+    if (known == nullptr || known->process != getpid()) {
+        const Owned* fresh = new Owned{getpid(), read()};
+        if (latest.compare_exchange_strong(known, fresh)) return fresh->settings;
+        delete fresh;  // another thread was faster
+    }
+    return known->settings;
 }
 
 }  // namespace vnpu

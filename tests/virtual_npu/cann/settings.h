@@ -1,10 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// The virtual NPU's settings, read once per process from the environment (VIRTUAL_NPU_*).
+// The virtual NPU's settings, read once per process from the environment (VIRTUAL_NPU_*); a forked child reads its own.
 #pragma once
 #include <cstdint>
 #include <string>
+#include <vector>
 
 namespace vnpu {
+
+// One entry of VIRTUAL_NPU_DELAY: this rank's device is late by `ms` at every dispatch, or only at its `nth` one.
+struct Delay {
+    int rank;  // in the communicator of the dispatch
+    int ms;
+    int nth;  // 1 = the communicator's first dispatch, 0 = every one
+};
 
 struct Settings {
     // VIRTUAL_NPU_SOC, as aclrtGetSocName spells it: Ascend910B1 (A2) or Ascend910_9391 (A3, default)
@@ -22,6 +30,8 @@ struct Settings {
     // VIRTUAL_NPU_DUPLICATE_EXPERTS: refuse (default) a row that names one expert twice, or report it (on stderr once,
     // in the ledger each time) and go on as long as the rows fit: stock 0.11.0 profile runs draw such rows
     bool report_duplicate_experts;
+    // VIRTUAL_NPU_DELAY: <rank>:<ms>[@<nth dispatch>], several with commas, one per rank; default none
+    std::vector<Delay> delays;
     // VIRTUAL_NPU_LEDGER_DIR, an existing directory; "" = no ledger
     std::string ledger_dir;
 

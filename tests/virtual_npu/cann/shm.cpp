@@ -18,6 +18,7 @@
 #include <map>
 #include <new>
 #include <sstream>
+#include <thread>
 
 #include "settings.h"
 
@@ -434,6 +435,13 @@ void Comm::await(const OpRecord& own, const std::vector<int>& ranks) {
 }
 
 void Comm::close_stage() { slot(rank_).read.set(stage_); }
+
+void Comm::sleep(const OpRecord& record, double seconds) {
+    for (const double end = now() + seconds; now() < end;) {
+        std::this_thread::sleep_for(std::chrono::duration<double>(std::min(kSlice, end - now())));
+        if (closing_) throw failure(HCCL_E_UNAVAIL, record.title(), "the communicator was destroyed while it waited");
+    }
+}
 
 std::string Comm::what(const Transfer& t) const {
     return std::string(t.send ? "Send to" : "Recv from") + " rank " + std::to_string(t.peer) + ", message #" +

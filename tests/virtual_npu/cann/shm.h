@@ -137,6 +137,7 @@ public:
     const uint64_t* table(int rank) const { return table_of(rank); }
     const char* data(int rank) const { return half(rank) + data_offset(); }
     void close_stage();
+    void sleep(const OpRecord& record, double seconds);  // a slow device; ends early if the communicator is destroyed
 
     // The failure text every check on the communicator uses: "<what> on communicator 'x', rank 1 of 4: <problem>".
     Failure failure(int code, const std::string& what, const std::string& problem) const;
@@ -144,6 +145,11 @@ public:
     enum class Use { kNone, kCollectives, kEp };
     void claim(Use use, const std::string& what);  // an EP communicator is dedicated: mixing is a failure
     std::shared_ptr<EpPair> ep_pair;
+    struct GlobalBs {  // of the EP operators so far
+        int64_t latest = 0;   // 0: there was none
+        bool varied = false;  // more than one value
+        bool loose = false;   // one was above BS*size, so it was given explicitly
+    } global_bs;
 
 private:
     RankSlot& slot(int rank) const;

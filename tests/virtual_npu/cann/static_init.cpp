@@ -29,7 +29,8 @@ const std::string& ErrorManager::GetLogHeader() {
 extern "C" {
 
 int32_t rtGetSocVersion(char* version, uint32_t capacity) {
-    std::snprintf(version, capacity, "%s", aclrtGetSocName());
+    const char* name = aclrtGetSocName();
+    std::snprintf(version, capacity, "%s", name != nullptr ? name : "");
     return 0;
 }
 

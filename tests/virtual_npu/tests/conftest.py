@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 from ranks import RankResult, run_ranks  # noqa: E402  (needs the path above, and so do the rank processes)
+from torch_forks import TorchForks  # noqa: E402
+
+FORKS = pytest.StashKey[TorchForks]()
 
 
 @pytest.fixture(scope="session")
@@ -54,3 +58,17 @@ class Launcher:
 @pytest.fixture
 def launch(library: str, tmp_path: Path) -> Launcher:
     return Launcher(library, tmp_path)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Torch is imported while other tests run."""
+    if not session.config.option.collectonly and any("torch_forks" in item.fixturenames for item in session.items):
+        session.config.stash[FORKS] = TorchForks()
+
+
+@pytest.fixture(scope="session")
+def torch_forks(pytestconfig: pytest.Config) -> Iterator[TorchForks]:
+    """Processes that have torch, see torch_forks.py."""
+    forks = pytestconfig.stash[FORKS]
+    yield forks
+    forks.close()

@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import pickle
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -239,6 +239,12 @@ class World:
             time.sleep(0.002)
         return (self.folder / key).read_bytes()
 
+    def meet(self, label: str) -> None:
+        """Returns once every rank is here: for short time-outs to start together, and for nobody to end too early."""
+        self.put(f"{label}-{self.rank}", b"")
+        for rank in range(self.size):
+            self.get(f"{label}-{rank}")
+
     def comm(
         self, label: str = "world", members: list[int] | None = None, name: str = "", buffer_mb: int = 0xFFFFFFFF
     ) -> Comm:
@@ -282,6 +288,17 @@ class RankResult:
             assert text in self.stderr, f"no '{text}' in: {self.stderr}"
 
 
+def complaint(call: Callable[[], Any]) -> str:
+    """What the library writes to this rank's stderr while `call` fails; "" if it does not fail."""
+    stderr = Path("/proc/self/fd/2")
+    before = stderr.stat().st_size
+    try:
+        call()
+    except HcclError:
+        return stderr.read_text()[before:]
+    return ""
+
+
 @contextlib.contextmanager
 def _stderr_to(path: Path) -> Iterator[None]:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -320,7 +337,7 @@ def run_ranks(
     """Runs `function` ("module:name", called with a World and args) in `size` processes, at most `limit` seconds."""
     # Not forked from the test runner by default: once that has imported torch, its settings are latched.
     context = multiprocessing.get_context(start)
-    multiprocessing.set_forkserver_preload(["numpy"])
+    multiprocessing.set_forkserver_preload(["numpy", "pytest"])  # what every rank would import anyway
     base = {"VIRTUAL_NPU_TIMEOUT_S": "20", **(env or {})}
     processes, pipes = [], []
     for rank in range(size):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,24 @@ def make_root(world: World) -> int:
         ("VIRTUAL_NPU_TIMEOUT_S", "soon", "a number of seconds above 0"),
         ("VIRTUAL_NPU_SHAPES", "lax", "strict or relaxed"),
         ("VIRTUAL_NPU_DUPLICATE_EXPERTS", "maybe", "refuse or report"),
+        *(
+            ("VIRTUAL_NPU_DELAY", value, "<rank>:<ms> or <rank>:<ms>@<nth dispatch>, several with commas")
+            for value in (
+                "1",
+                "1:",
+                ":200",
+                "1:0",
+                "-1:200",
+                "1:2.5",
+                "1:200@0",
+                "1:200@",
+                "1:200,",
+                "1:3600001",
+                "1:200,1:300",
+                "1:200;2:5",
+                "9999999999:1",
+            )
+        ),
     ],
 )
 def test_bad_value(launch, variable: str, value: str, allowed: str) -> None:
@@ -50,10 +69,30 @@ def test_missing_ledger_directory(launch, tmp_path: Path) -> None:
 
 @pytest.mark.timeout(60)
 def test_good_values(launch) -> None:
-    env = {"VIRTUAL_NPU_SOC": "Ascend910B1", "VIRTUAL_NPU_DEVICES": "16", "VIRTUAL_NPU_TIMEOUT_S": "0.5"}
+    env = {"VIRTUAL_NPU_SOC": "Ascend910B1", "VIRTUAL_NPU_DEVICES": "16", "VIRTUAL_NPU_TIMEOUT_S": "0.5",
+           "VIRTUAL_NPU_DELAY": "1:200,0:3600000@2"}  # fmt: skip
     (result,) = launch(1, "test_npu_settings:make_root", env=env)
     assert result.value == 0
     assert result.stderr == ""
+
+
+def settings_of_a_fork(world: World) -> tuple[int, int]:
+    """Return codes here, and in a forked child with a bad setting."""
+    own = make_root(world)
+    pid = os.fork()
+    if pid == 0:
+        os.environ["VIRTUAL_NPU_SOC"] = "Ascend310P3"
+        os._exit(make_root(world))
+    return own, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.timeout(60)
+def test_a_forked_child_reads_its_own(launch) -> None:
+    (result,) = launch(1, "test_npu_settings:settings_of_a_fork")
+    own, child = result.value
+    assert own == 0
+    assert child not in (0, None)
+    assert "VIRTUAL_NPU_SOC='Ascend310P3' is not valid" in result.stderr
 
 
 def window_of_sixteen_ranks(world: World) -> None:

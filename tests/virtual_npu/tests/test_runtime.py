@@ -6,16 +6,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from torch_forks import TorchForks
 
 
-def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run ``code`` in a fresh interpreter of this environment."""
-    return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
-    )
+@pytest.fixture
+def run(torch_forks: TorchForks, tmp_path: Path) -> Callable[..., tuple[int, str]]:
+    """Runs code in a process of its own: exit status and output."""
+    return partial(torch_forks.run, output=tmp_path / "output")
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +79,7 @@ def test_a_generator_on_the_device_is_reproducible() -> None:
     assert draw(1) == first
 
 
-def test_memory_is_accounted_and_bounded() -> None:
+def test_memory_is_accounted_and_bounded(run) -> None:
     code = """
 import torch
 torch.npu.set_device(0)
@@ -87,30 +90,36 @@ assert before[1] == 512 << 20, before
 assert before[0] - after[0] >= 256 << 20, after
 torch.empty(128 << 20, device="npu")
 """
-    done = run(code, VIRTUAL_NPU_DEVICE_MEMORY_MB="512")
-    assert done.returncode != 0
-    assert "out of memory" in done.stderr
-    assert "AssertionError" not in done.stderr
+    status, output = run(code, VIRTUAL_NPU_DEVICE_MEMORY_MB="512")
+    assert status != 0
+    assert "out of memory" in output
+    assert "AssertionError" not in output
 
 
-def test_device_numbers_end_where_the_settings_say() -> None:
-    code = "import torch; print(torch.npu.device_count()); torch.npu.set_device(3)"
-    done = run(code, VIRTUAL_NPU_DEVICES="3")
-    assert done.stdout.split()[-1] == "3"
-    assert "this process sees 3 (VIRTUAL_NPU_DEVICES)" in done.stderr
-    visible = run("import torch; print(torch.npu.device_count())", ASCEND_RT_VISIBLE_DEVICES="4,5")
-    assert visible.stdout.split()[-1] == "2"
+def test_device_numbers_end_where_the_settings_say(run) -> None:
+    code = "import torch; print('count', torch.npu.device_count(), flush=True); torch.npu.set_device(3)"
+    status, output = run(code, VIRTUAL_NPU_DEVICES="3")
+    assert status != 0
+    assert "count 3\n" in output
+    assert "this process sees 3 (VIRTUAL_NPU_DEVICES)" in output
+    visible = run("import torch; print('count', torch.npu.device_count())", ASCEND_RT_VISIBLE_DEVICES="4,5")
+    assert visible[0] == 0
+    assert "count 2\n" in visible[1]
 
 
-def test_an_unknown_soc_is_refused_by_name() -> None:
-    done = run("import torch; torch.npu.set_device(0)", VIRTUAL_NPU_SOC="Ascend999")
-    assert done.returncode != 0
-    assert "VIRTUAL_NPU_SOC" in done.stderr
-    assert "Ascend999" in done.stderr
+def test_an_unknown_soc_is_refused_by_name(run) -> None:
+    status, output = run("import torch; torch.npu.set_device(0)", VIRTUAL_NPU_SOC="Ascend999")
+    assert status != 0
+    assert "VIRTUAL_NPU_SOC" in output
+    assert "Ascend999" in output
 
 
 def test_the_task_queue_is_refused_by_name() -> None:
-    done = run("import torch", TASK_QUEUE_ENABLE="1")
+    """While it attaches, so this needs an interpreter that has not."""
+    environment = {**os.environ, "TASK_QUEUE_ENABLE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", "import torch"], env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode != 0
     assert "TASK_QUEUE_ENABLE='1' is not supported, allowed: 0" in done.stderr
 
@@ -123,8 +132,7 @@ def test_an_operator_that_is_not_emulated_is_an_error_that_names_it() -> None:
         torch_npu.npu_bounding_box_encode(boxes, boxes, 0, 0, 0, 0, 1, 1, 1, 1)
 
 
-def test_a_cann_function_that_is_not_emulated_is_an_error_that_names_it() -> None:
-    code = "import torch, ctypes; ctypes.CDLL('libascendcl.so').acltdtCreateDataset()"
-    done = run(code)
-    assert done.returncode != 0
-    assert "CANN function acltdtCreateDataset is not emulated" in done.stderr
+def test_a_cann_function_that_is_not_emulated_is_an_error_that_names_it(run) -> None:
+    status, output = run("import ctypes; ctypes.CDLL('libascendcl.so').acltdtCreateDataset()")
+    assert status != 0
+    assert "CANN function acltdtCreateDataset is not emulated" in output
