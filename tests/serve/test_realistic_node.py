@@ -137,7 +137,7 @@ def test_no_dp_collective_in_target_and_draft_passes(stock: Run, overlay: Run) -
     for rank in stock.ranks:
         # One for the target pass, one for the drafts.
         assert rank.dp_collectives >= 2 * len(stock.steps) > 0
-    assert len(overlay.steps) > 50
+    assert len(overlay.steps) > 30  # the vote that ends them comes every 32 steps
     for rank in overlay.ranks:
         assert rank.dp_collectives == 0
         # Tensor parallelism inside a DP rank is all that communicates beside dispatch and combine.
