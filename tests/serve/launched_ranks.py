@@ -28,6 +28,7 @@ SMALL = (
 )
 RECOMPUTE = ("--additional-config", json.dumps({"recompute_scheduler_enable": True}))
 VOTE_EVERY = 32  # steps; vLLM's engines then ask each other whether any has unfinished requests
+_ports: set[int] = set()  # handed out by this process; all servers of a test choose before the first one listens
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -85,7 +86,7 @@ def server(
     """
     ledger = folder / "ledger"
     ledger.mkdir(parents=True)
-    port = free_port(set())
+    port = free_port(_ports)
     transfer = {
         "kv_connector": "FileKVConnector",
         "kv_connector_module_path": "kv_connector",
@@ -120,7 +121,7 @@ def launched_apart(
     size = len(overlay)
     common = [
         *("--data-parallel-size", str(size), "--data-parallel-size-local", "1"),
-        *("--data-parallel-address", HOST, "--data-parallel-rpc-port", str(free_port(set()))),
+        *("--data-parallel-address", HOST, "--data-parallel-rpc-port", str(free_port(_ports))),
         *arguments,
     ]
     servers = []
