@@ -161,7 +161,7 @@ def _capacity_flag(facts: Facts, sizes: Sizes) -> str:
     if not facts.recompute_in_effect:
         options.insert(0, _recompute_flag(facts))
     if facts.graph_mode != "NONE" and sizes.tokens_per_rank <= OPERATOR_LIMIT.get(str(facts.soc), 0):
-        options.append(_captures_flag(facts, sizes))
+        options.append(_captures_flag(facts, sizes.token_budget))
     return " or ".join(options)
 
 
@@ -170,12 +170,12 @@ def _window_flag(facts: Facts, sizes: Sizes) -> str:
     options = [f"HCCL_BUFFSIZE={sizes.window_mb}"]
     exact = -(-sizes.token_budget // facts.tensor_parallel_size)
     if exact < sizes.tokens_per_rank:
-        options.append(f"HCCL_BUFFSIZE={_window_mb(facts, exact)} with {_captures_flag(facts, sizes)}")
+        options.append(f"HCCL_BUFFSIZE={_window_mb(facts, exact)} with {_captures_flag(facts, sizes.token_budget)}")
     return " or ".join(options)
 
 
-def _captures_flag(facts: Facts, sizes: Sizes) -> str:
-    captures = [size for size in facts.capture_sizes if size < sizes.token_budget] + [sizes.token_budget]
+def _captures_flag(facts: Facts, largest: int) -> str:
+    captures = [size for size in facts.capture_sizes if size < largest] + [largest]
     return f"--compilation-config '{{\"cudagraph_capture_sizes\": {captures}}}'"
 
 
@@ -189,9 +189,20 @@ def _recompute_flag(facts: Facts) -> str:
 
 
 def _smaller_step(facts: Facts, tokens: int) -> str:
-    if facts.recompute_in_effect:
-        return f"--max-num-seqs {max(tokens // facts.query_len, 1)}"
-    return f"--max-num-batched-tokens {tokens}"
+    """The flags for steps of at most `tokens` tokens.
+
+    All of them: stock refuses a budget below max_num_seqs, scales a capture list that ends below max_num_seqs * q, and
+    pads the largest step to the next graph.
+    """
+    requests = max(tokens // facts.query_len, 1)
+    fewer = facts.recompute_in_effect or facts.max_num_seqs > requests
+    budget = requests * facts.query_len if fewer else tokens
+    flags = [f"--max-num-seqs {requests}"] if fewer else []
+    if not facts.recompute_in_effect:
+        flags.append(f"--max-num-batched-tokens {budget}")
+    if facts.graph_mode != "NONE" and not any(budget <= size <= tokens for size in facts.capture_sizes):
+        flags.append(_captures_flag(facts, budget))
+    return " with ".join(flags)
 
 
 def _rule(
@@ -287,7 +298,7 @@ RULES: tuple[Rule, ...] = (
     _rule("DSP123", "steps above the largest graph run eager, others as a graph",
           lambda f, s: f.graph_mode == "NONE" or s.token_budget <= max(s.capture_sizes, default=0),
           lambda f, s: f"captures up to {max(f.capture_sizes, default=0)}", lambda f, s: f"up to {s.token_budget}",
-          lambda f, s: f"{_captures_flag(f, s)} or --enforce-eager"),
+          lambda f, s: f"{_captures_flag(f, s.token_budget)} or --enforce-eager"),
     _rule("DSP124", "the default process group does not span all ranks",
           lambda f, s: f.process_group_size in (None, f.ep_world_size * f.pipeline_parallel_size),
           lambda f, s: f.process_group_size, lambda f, s: f.ep_world_size * f.pipeline_parallel_size, ""),
