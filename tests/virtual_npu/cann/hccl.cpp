@@ -612,8 +612,18 @@ HcclResult HcclAllGather(void* sendBuf, void* recvBuf, uint64_t sendCount, HcclD
     });
 }
 
-HcclResult HcclAllGatherV(const void* sendBuf, uint64_t sendCount, const void* recvBuf, const void* recvCounts,
-                          const void* rdispls, HcclDataType dataType, HcclComm handle, aclrtStream) {
+// The headers of torch_npu 2.7 and 2.9 disagree on the const of two functions; the label keeps both out of it.
+#pragma GCC visibility push(default)
+HcclResult vnpu_all_gather_v(const void* sendBuf, uint64_t sendCount, const void* recvBuf, const void* recvCounts,
+                             const void* rdispls, HcclDataType dataType, HcclComm handle,
+                             aclrtStream) __asm__("HcclAllGatherV");
+HcclResult vnpu_reduce_scatter_v(const void* sendBuf, const void* sendCounts, const void* sdispls, const void* recvBuf,
+                                 uint64_t recvCount, HcclDataType dataType, HcclReduceOp op, HcclComm handle,
+                                 aclrtStream) __asm__("HcclReduceScatterV");
+#pragma GCC visibility pop
+
+HcclResult vnpu_all_gather_v(const void* sendBuf, uint64_t sendCount, const void* recvBuf, const void* recvCounts,
+                             const void* rdispls, HcclDataType dataType, HcclComm handle, aclrtStream) {
     return guarded([&] {
         Comm& comm = checked_comm(handle);
         const auto* counts = static_cast<const uint64_t*>(recvCounts);
@@ -637,9 +647,9 @@ HcclResult HcclReduceScatter(void* sendBuf, void* recvBuf, uint64_t recvCount, H
     });
 }
 
-HcclResult HcclReduceScatterV(const void* sendBuf, const void* sendCounts, const void* sdispls, const void* recvBuf,
-                              uint64_t recvCount, HcclDataType dataType, HcclReduceOp op, HcclComm handle,
-                              aclrtStream) {
+HcclResult vnpu_reduce_scatter_v(const void* sendBuf, const void* sendCounts, const void* sdispls, const void* recvBuf,
+                                 uint64_t recvCount, HcclDataType dataType, HcclReduceOp op, HcclComm handle,
+                                 aclrtStream) {
     return guarded([&] {
         Comm& comm = checked_comm(handle);
         const auto* counts = static_cast<const uint64_t*>(sendCounts);

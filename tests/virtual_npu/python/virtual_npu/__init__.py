@@ -8,6 +8,9 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
+from typing import Any
+
+import wrapt
 
 LIBRARIES = Path(__file__).parent / "lib"
 
@@ -37,6 +40,17 @@ def attach() -> None:
 
     operators.register(kernels.as_cpu, kernels.as_npu)
     stepping.watch()
+    wrapt.register_post_import_hook(_build_for_this_device, "vllm_ascend._build_info")
+
+
+def _build_for_this_device(build_info: Any) -> None:
+    """vllm-ascend is built for one device and refuses others, and its x86 wheels are built for the A2.
+
+    Gives the one generated constant the value that a source build for the selected device writes.
+    """
+    a2, a3 = ("_910B", "_910_93") if build_info.__device_type__.startswith("_") else ("A2", "A3")  # 0.12.0rc1, later
+    soc = os.environ.get("VIRTUAL_NPU_SOC", "Ascend910_9391")
+    build_info.__device_type__ = a3 if soc.startswith("Ascend910_93") else a2
 
 
 def _load_kernels():  # type: ignore[no-untyped-def]

@@ -98,7 +98,8 @@ def watch() -> None:
         wrapt.wrap_function_wrapper(module, "NPUWorker.execute_dummy_batch", execute_dummy_batch)
         _watch_gloo(ledger)
 
-    wrapt.register_post_import_hook(watch_worker, "vllm_ascend.worker.worker_v1")
+    for module in ("vllm_ascend.worker.worker_v1", "vllm_ascend.worker.worker"):  # the second from 0.13.0 on
+        wrapt.register_post_import_hook(watch_worker, module)
 
 
 def _watch_gloo(ledger: Ledger) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.library import Library
 
@@ -139,6 +140,12 @@ def kernel(
     return run
 
 
+def is_defined(name: str) -> bool:
+    """Whether the installed torch, torch_npu and vllm-ascend know the operator: what they have differs by version."""
+    operator, _, overload = name.partition(".")
+    return torch._C._get_operation_overload(operator, overload) is not None
+
+
 def load_vllm_ascend_operators() -> bool:
     """Load vllm-ascend's extension, which defines ``_C_ascend``, if vllm-ascend is installed.
 
@@ -163,8 +170,8 @@ def register(as_cpu: Callable[[Tensor], Tensor], as_npu: Callable[[Tensor, Tenso
         as_cpu: CPU tensor over the memory of an NPU tensor (sizes, strides, offset and dtype kept).
         as_npu: new NPU tensor on the device of the second argument with the values of the first.
     """
-    has_vllm_ascend = load_vllm_ascend_operators()
-    names = [name for name in OPERATORS if has_vllm_ascend or not name.startswith("_C_ascend::")]
+    load_vllm_ascend_operators()
+    names = [name for name in OPERATORS if is_defined(name)]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*Overriding a previously registered kernel.*", category=UserWarning)
         for name in names:
