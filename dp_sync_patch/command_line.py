@@ -14,7 +14,7 @@ from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
-from dp_sync_patch import facts, settings, stock
+from dp_sync_patch import facts, live, settings, stock
 from dp_sync_patch.errors import DpSyncPatchError
 from dp_sync_patch.patches import TRIGGERS
 from dp_sync_patch.plan import OPERATOR_LIMIT, State, make_plan
@@ -38,8 +38,11 @@ def import_stock() -> None:
     Raises:
         StockImportError: one line with the package that fails and the cause.
     """
+    entry = stock.find(stock.installed())
+    # Through the worker, as vLLM does it: 0.23.0's model runner alone meets a circular import.
+    first = [entry.worker_cls.rpartition(".")[0]] if entry else []
     try:
-        for module in TRIGGERS.values():
+        for module in (*first, *TRIGGERS.values()):
             importlib.import_module(module)
     except DpSyncPatchError:
         raise
@@ -149,8 +152,7 @@ def _vllm_config(program: str, flags: list[str]) -> Any:
     """The VllmConfig that the program would create from these arguments."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
-    from vllm.utils import FlexibleArgumentParser
+    from vllm.entrypoints.openai.cli_args import FlexibleArgumentParser, make_arg_parser
 
     try:
         parser: Any = FlexibleArgumentParser(prog="vllm")
@@ -173,19 +175,18 @@ def _vllm_config(program: str, flags: list[str]) -> Any:
 
 
 def mc2_tokens_capacity(config: Any) -> int:
-    """Tokens per DP rank, by the method of stock's model runner on what that method reads (no runner, no device)."""
-    from vllm_ascend.worker.model_runner_v1 import NPUModelRunner
-
+    """Tokens per DP rank, by stock's own method or function on what that reads (no runner, no device)."""
     scheduler, speculative = config.scheduler_config, config.speculative_config
+    max_num_reqs = max(scheduler.max_num_seqs, getattr(scheduler, "decode_max_num_seqs", 0))
+    query_len = 1 + (speculative.num_speculative_tokens if speculative else 0)
     runner = SimpleNamespace(
         compilation_config=config.compilation_config,
         parallel_config=config.parallel_config,
         model_config=config.model_config,
-        max_num_reqs=max(scheduler.max_num_seqs, getattr(scheduler, "decode_max_num_seqs", 0)),
-        uniform_decode_query_len=1 + (speculative.num_speculative_tokens if speculative else 0),
+        max_num_reqs=max_num_reqs,
+        uniform_decode_query_len=query_len,
         max_num_tokens=scheduler.max_num_batched_tokens,
         _make_buffer=lambda *args, **kwargs: None,  # for multimodal input, nothing to do with the capacity
     )
-    NPUModelRunner._init_mc2_tokens_capacity(runner)
-    capacity: int = runner.mc2_tokens_capacity
-    return capacity
+    live.latch_mc2_tokens_capacity(runner, config)
+    return live.mc2_tokens_capacity(runner)

@@ -14,6 +14,10 @@ from dp_sync_patch.stock import Stock
 
 _EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
+_EPLB = (
+    *("dynamic_eplb", "expert_map_path", "expert_map_record_path"),
+    *("init_redundancy_expert", "num_redundant_experts"),
+)
 _DEFAULT_BUFFSIZE_MB = 200  # HCCL's own default
 
 
@@ -33,6 +37,7 @@ class Facts:
     data_parallel_size: int
     tensor_parallel_size: int
     pipeline_parallel_size: int
+    prefill_context_parallel_size: int
     decode_context_parallel_size: int
     process_group_size: int | None
     executor_backend: str
@@ -40,13 +45,16 @@ class Facts:
     enable_expert_parallel: bool
     worker_cls: str
     worker_cls_known: bool
-    soc: str | None  # A2, A3 or another name of AscendSocVersion
+    model_runner_v2: str
+    soc: str | None  # A2, A3 or another name of stock's device type
+    a2_max_local_experts: int  # 0 = stock has no such limit
     mc2_tokens_capacity: int | None  # tokens per DP rank, as stock latched it
     hidden_size: int
     num_experts: int  # 0 = not found in the model's configuration
     experts_per_token: int  # 0 = not found
     hccl_buffsize_mb: int  # 0 = not a positive number
     hierarchy: str
+    fused_mc2: str
     kv_role: str | None
     scheduler_cls: str
     scheduler_known: bool
@@ -59,14 +67,19 @@ class Facts:
     num_speculative_tokens: int
     speculative_method: str | None
     speculative_method_known: bool
+    max_draft_passes: int  # see stock.Stock
     graph_mode: str  # name of CUDAGraphMode, NONE when the runner does not use graphs
+    graph_mode_known: bool
     separate_routines: bool
     capture_sizes: tuple[int, ...]  # ascending
     compile_sizes: tuple[int, ...]  # ascending
     lmhead_tensor_parallel_size: int
     oproj_tensor_parallel_size: int
     mlp_tensor_parallel: str
+    embedding_tensor_parallel: str
     sequence_parallel: str
+    flashcomm2: str
+    balance_scheduling: str
     shared_expert_dp: str
     dbo: str
     eplb: str
@@ -93,7 +106,7 @@ def read(
     process_group_size: int | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> Facts:
-    """Read one VllmConfig as stock 0.11.0 defines it.
+    """Read one VllmConfig. Options that a version does not have are off there; stock ignores them as well.
 
     Args:
         is_moe: result of vllm-ascend's own `is_moe_model`.
@@ -109,17 +122,28 @@ def read(
     kv_transfer = vllm_config.kv_transfer_config
     additional: Mapping[str, Any] = vllm_config.additional_config or {}
 
-    scheduler_cls = _qualified(scheduler.scheduler_cls)
-    # As NPUModelRunner._use_aclgraph does; level 3 is CompilationLevel.PIECEWISE.
-    uses_graphs = compilation.cudagraph_mode.name != "NONE" and compilation.level == 3 and not model.enforce_eager
+    # From vllm 0.12.0 on the name is only filled in when it is asked for.
+    chosen = scheduler.get_scheduler_cls() if hasattr(scheduler, "get_scheduler_cls") else scheduler.scheduler_cls
+    scheduler_cls = _qualified(chosen)
+    # As NPUModelRunner._use_aclgraph does; 3 is CompilationLevel.PIECEWISE, called CompilationMode.VLLM_COMPILE later.
+    level = compilation.mode if hasattr(compilation, "mode") else compilation.level
+    uses_graphs = compilation.cudagraph_mode.name != "NONE" and level == 3 and not model.enforce_eager
+    graph_mode = compilation.cudagraph_mode.name if uses_graphs else "NONE"
+    chunked = "chunked_prefill_enabled" if hasattr(scheduler, "chunked_prefill_enabled") else "enable_chunked_prefill"
     method = speculative.method if speculative else None
 
     def variables(*names: str) -> list[str]:
         # Stock reads some of these as numbers and some as "true"; everything that is not plainly off counts as on.
         return [name for name in names if environ.get(name, "").strip().lower() not in ("", "0", "false")]
 
-    def options(*names: str) -> list[str]:
-        return [f"additional_config.{name}" for name in names if additional.get(name)]
+    def options(*names: str, group: str = "") -> list[str]:
+        values = (additional.get(group) or {}) if group else additional
+        return [".".join(filter(None, ("additional_config", group, name))) for name in names if values.get(name)]
+
+    def tensor_parallel(name: str) -> int:
+        # Flat keys on 0.11.0, one group of them later.
+        fine = additional.get("finegrained_tp_config") or {}
+        return additional.get(name) or fine.get(name) or 1
 
     def when(condition: Any, name: str) -> list[str]:
         return [name] if condition else []
@@ -132,14 +156,20 @@ def read(
         data_parallel_size=parallel.data_parallel_size,
         tensor_parallel_size=parallel.tensor_parallel_size,
         pipeline_parallel_size=parallel.pipeline_parallel_size,
+        prefill_context_parallel_size=getattr(parallel, "prefill_context_parallel_size", 1),
         decode_context_parallel_size=parallel.decode_context_parallel_size,
         process_group_size=process_group_size,
         executor_backend=_qualified(parallel.distributed_executor_backend),
-        elastic_ep=", ".join(variables("VLLM_ELASTIC_EP_SCALE_UP_LAUNCH")),
+        elastic_ep=", ".join(
+            variables("VLLM_ELASTIC_EP_SCALE_UP_LAUNCH")
+            + when(getattr(parallel, "enable_elastic_ep", False), "--enable-elastic-ep")
+        ),
         enable_expert_parallel=parallel.enable_expert_parallel,
         worker_cls=_qualified(parallel.worker_cls),
         worker_cls_known=_qualified(parallel.worker_cls) == stock.worker_cls,
+        model_runner_v2=", ".join(variables("VLLM_USE_V2_MODEL_RUNNER")),
         soc=soc,
+        a2_max_local_experts=stock.a2_max_local_experts,
         mc2_tokens_capacity=mc2_tokens_capacity,
         hidden_size=model.get_hidden_size(),
         num_experts=_first_number(model.hf_text_config, _EXPERTS),
@@ -150,36 +180,61 @@ def read(
                 environ.get("HCCL_INTRA_ROCE_ENABLE") == "0" and environ.get("HCCL_INTRA_PCIE_ENABLE") == "1",
                 "HCCL_INTRA_PCIE_ENABLE=1 with HCCL_INTRA_ROCE_ENABLE=0",
             )
+            + options("enable_mc2_hierarchy_comm")
         ),
+        fused_mc2=", ".join(variables("VLLM_ASCEND_ENABLE_FUSED_MC2") + options("enable_fused_mc2")),
         kv_role=kv_transfer.kv_role if kv_transfer is not None and kv_transfer.kv_connector is not None else None,
         scheduler_cls=scheduler_cls,
         scheduler_known=scheduler_cls in stock.schedulers,
         recompute_requested=bool(additional.get("recompute_scheduler_enable", False)),
         recompute_in_effect=scheduler_cls in stock.recompute_schedulers,
-        splits_prompts=bool(scheduler.chunked_prefill_enabled) and not scheduler.disable_chunked_mm_input,
+        splits_prompts=bool(getattr(scheduler, chunked)) and not scheduler.disable_chunked_mm_input,
         max_num_batched_tokens=scheduler.max_num_batched_tokens,
         max_num_seqs=scheduler.max_num_seqs,
         decode_max_num_seqs=getattr(scheduler, "decode_max_num_seqs", 0),
         num_speculative_tokens=speculative.num_speculative_tokens if speculative else 0,
         speculative_method=method,
         speculative_method_known=method is None or method in stock.speculative_methods,
-        graph_mode=compilation.cudagraph_mode.name if uses_graphs else "NONE",
+        max_draft_passes=stock.max_draft_passes,
+        graph_mode=graph_mode,
+        graph_mode_known=graph_mode in stock.graph_modes,
         separate_routines=uses_graphs and compilation.cudagraph_mode.separate_routine(),
         # Stock keeps this list in falling order, but reads entry 0 as the largest wherever a user gave it.
         capture_sizes=tuple(sorted(compilation.cudagraph_capture_sizes or ())),
         compile_sizes=tuple(sorted(size for size in compilation.compile_sizes or () if isinstance(size, int))),
-        lmhead_tensor_parallel_size=additional.get("lmhead_tensor_parallel_size") or 1,
-        oproj_tensor_parallel_size=additional.get("oproj_tensor_parallel_size") or 1,
-        mlp_tensor_parallel=", ".join(variables("VLLM_ASCEND_ENABLE_MLP_OPTIMIZE")),
+        lmhead_tensor_parallel_size=tensor_parallel("lmhead_tensor_parallel_size"),
+        oproj_tensor_parallel_size=tensor_parallel("oproj_tensor_parallel_size"),
+        mlp_tensor_parallel=", ".join(
+            variables("VLLM_ASCEND_ENABLE_MLP_OPTIMIZE")
+            + options("mlp_tensor_parallel_size", group="finegrained_tp_config")
+        ),
+        embedding_tensor_parallel=", ".join(
+            options("embedding_tensor_parallel_size", "olora_tensor_parallel_size", group="finegrained_tp_config")
+        ),
         sequence_parallel=", ".join(
             variables("VLLM_ASCEND_ENABLE_FLASHCOMM1", "VLLM_ASCEND_ENABLE_FLASHCOMM")
-            + when(compilation.pass_config.enable_sequence_parallelism, "pass_config.enable_sequence_parallelism")
+            + options("enable_flashcomm1")
+            + [
+                f"pass_config.{name}"
+                for name in ("enable_sequence_parallelism", "enable_sp")
+                if getattr(compilation.pass_config, name, False)
+            ]
+        ),
+        flashcomm2=", ".join(
+            variables("VLLM_ASCEND_FLASHCOMM2_PARALLEL_SIZE", "VLLM_ASCEND_ENABLE_FLASHCOMM2_OSHARED")
+            + options("enable_flashcomm2_parallel_size", "layer_sharding")
+        ),
+        balance_scheduling=", ".join(
+            variables("VLLM_ASCEND_BALANCE_SCHEDULING") + options("enable_balance_scheduling")
         ),
         shared_expert_dp=", ".join(options("enable_shared_expert_dp")),
         dbo=", ".join(variables("VLLM_ASCEND_ENABLE_DBO") + when(parallel.enable_dbo, "--enable-dbo")),
         eplb=", ".join(
             variables("DYNAMIC_EPLB", "EXPERT_MAP_RECORD")
-            + options("dynamic_eplb", "expert_map_path", "expert_map_record_path", "init_redundancy_expert")
+            + options(
+                "dynamic_eplb", "expert_map_path", "expert_map_record_path", "init_redundancy_expert", "mix_placement"
+            )
+            + options(*_EPLB, group="eplb_config")
             + when(parallel.enable_eplb, "--enable-eplb")
         ),
         lora=", ".join(when(vllm_config.lora_config is not None, "--enable-lora")),

@@ -13,7 +13,7 @@ from typing import Any
 
 import wrapt
 
-from dp_sync_patch import agreement, facts, settings, stock
+from dp_sync_patch import agreement, facts, live, settings, stock
 from dp_sync_patch.errors import (
     AgreementError,
     DpSyncPatchError,
@@ -39,10 +39,12 @@ class _Latched:
 
 
 skip_sizes: Sizes | None = None
+in_profile_run = False  # set by `patches.startup`; all ranks profile together
 _latched: _Latched | None = None
 _hooked: set[str] = set()
 _armed = False
 _stood_down: list[str] = []
+_warned: set[str] = set()
 
 
 def install() -> None:
@@ -78,7 +80,7 @@ def _on_import(unit: str, _module: object = None) -> None:
         entry = stock.require()
         # A worker relies on the engine's clamp: what does not fit there must not skip here.
         for name in ("engine", "worker") if unit == "worker" else (unit,):
-            if name == "worker" and _model_is_built():
+            if name == "worker" and live.model_is_built():
                 raise StandDownError("DSP008", "loaded too late: the MoE dispatchers of this process exist already")
             if registry.apply(name, points_of(name, entry.vllm_ascend)):
                 logger.debug("unit %s applied", name)
@@ -89,13 +91,7 @@ def _on_import(unit: str, _module: object = None) -> None:
             raise
         if str(error) not in _stood_down:
             _stood_down.append(str(error))
-            logger.warning("%s; nothing is patched, this process runs stock vllm-ascend", error)
-
-
-def _model_is_built() -> bool:
-    from vllm_ascend.ops.moe import moe_comm_method
-
-    return bool(moe_comm_method._MoECommMethods)
+        warn_once(f"{error}; nothing is patched, this process runs stock vllm-ascend")
 
 
 def uninstall() -> int:
@@ -141,7 +137,7 @@ def latch(runner: Any) -> None:
     global _latched, skip_sizes
     configured = settings.load(runner.vllm_config.additional_config)
     rank, world_size = _process_group()
-    found = _read_worker_facts(runner, runner.mc2_tokens_capacity, world_size)
+    found = _read_worker_facts(runner, live.mc2_tokens_capacity(runner), world_size)
     if _latched is not None:
         if _comparable(found) != _comparable(_latched.facts):
             raise AgreementError("DSP205", "another model runner with another configuration in this process")
@@ -162,6 +158,10 @@ def latch(runner: Any) -> None:
         )
         if not verdict.agreed:
             state = min(state, State.SYNC)
+            if verdict.code != "DSP201" and stock.require().own_skip:
+                # Not merely a difference: nothing is known of some ranks, and without the overlay they follow stock's
+                # skip while the others wait for them in the all_reduce.
+                raise AgreementError(verdict.code, f"{verdict.why}; without the overlay they would skip alone")
     _latched = _Latched(configured, found, plan, state, verdict, rank, world_size)
     _report(_latched)
     if configured.mode == "require" and state is not State.SKIP:
@@ -185,8 +185,9 @@ def confirm(runner: Any) -> None:
         moved.extend(str(reason) for reason in plan.reasons)
     elif plan.sizes != first.plan.sizes:
         moved.append(f"sizes {plan.sizes} instead of {first.plan.sizes}")
-    if runner.mc2_tokens_capacity != first.plan.sizes.bound:
-        moved.append(f"mc2_tokens_capacity {runner.mc2_tokens_capacity} instead of {first.plan.sizes.bound}")
+    capacity = live.mc2_tokens_capacity(runner)
+    if capacity != first.plan.sizes.bound:
+        moved.append(f"mc2_tokens_capacity {capacity} instead of {first.plan.sizes.bound}")
     verdict = agreement.decide(
         _store(),
         {"moved": "; ".join(moved), **_record(first.settings, found, plan)},
@@ -206,7 +207,7 @@ def _put_in_force(runner: Any, state: State, plan: Plan) -> None:
     if state is not State.SKIP:
         return
     sizes = plan.sizes
-    runner.mc2_tokens_capacity = sizes.bound
+    live.set_mc2_tokens_capacity(runner, sizes.bound)
     compilation = runner.compilation_config
     if sizes.capture_sizes and tuple(sorted(compilation.cudagraph_capture_sizes)) != sizes.capture_sizes:
         # Graphs above the bound can never be replayed, and above the capacity they would be captured with another
@@ -218,11 +219,9 @@ def _put_in_force(runner: Any, state: State, plan: Plan) -> None:
 
 
 def _read_worker_facts(runner: Any, capacity: int | None, world_size: int) -> Facts:
-    from vllm_ascend.utils import get_ascend_soc_version
-
     return _read_facts(
         runner.vllm_config,
-        soc=get_ascend_soc_version().name,
+        soc=live.device_type(),
         mc2_tokens_capacity=capacity,
         process_group_size=world_size,
     )
@@ -278,6 +277,25 @@ def _why(latched: _Latched) -> list[str]:
     return reasons
 
 
+def state() -> State | None:
+    """The state in force; None before the verdict."""
+    return _latched.state if _latched is not None else None
+
+
+def dp_rank() -> int | None:
+    """Of this process; None before the verdict."""
+    if _latched is None:
+        return None
+    found = _latched.facts
+    return _latched.rank // (found.tensor_parallel_size * found.pipeline_parallel_size)
+
+
+def warn_once(text: str) -> None:
+    if text not in _warned:
+        _warned.add(text)
+        logger.warning(text)
+
+
 def reported_state() -> State | None:
     """The state in force; None before the verdict, and on all but the first rank of each DP rank."""
     return _latched.state if _latched is not None and _reports(_latched) else None
@@ -306,7 +324,8 @@ def _report(latched: _Latched) -> None:
 
 
 def _in_force(state: State) -> str:
-    return f"{state.name.lower()} (stock vllm-ascend)"
+    how = ", its own skip switched off" if state is State.SYNC and stock.require().own_skip else ""
+    return f"{state.name.lower()} (stock vllm-ascend{how})"
 
 
 def status() -> dict[str, Any]:

@@ -11,40 +11,113 @@ from dp_sync_patch.errors import StandDownError
 VLLM_ASCEND = "vllm-ascend"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Stock:
-    """What the overlay has to know about one pair of vllm and vllm-ascend."""
+    """What the overlay has to know about one pair of vllm and vllm-ascend. Patch points are listed with the patches."""
 
     vllm: str
     vllm_ascend: str
-    # The only worker whose model runner we patch; torchair and others override what we rely on.
+    # Stock skips the all_reduce on its own here, on conditions that do not hold on every rank (vllm-ascend#8240,
+    # vllm-ascend#13826). In `sync` that is switched off, so a rank without the overlay would be alone with it.
+    own_skip: bool
+    # The only worker whose model runner we patch; torchair, xlite and the 310P override what we rely on.
     worker_cls: str
     # Schedulers that were read and found to honour `max_num_scheduled_tokens` in every step.
     schedulers: frozenset[str]
     # Those of them that hand a request back to the prefill node instead of computing it again on this one.
     recompute_schedulers: frozenset[str]
-    # Speculative methods whose draft passes synchronise through the patched function only.
+    # Speculative methods whose draft passes synchronise through the patched functions only.
     speculative_methods: frozenset[str]
+    # Most draft passes for which an idle rank and every busy one issue the same number of MC2 operators.
+    max_draft_passes: int
+    # Graph modes (names of CUDAGraphMode) for which the padded bound and the captures of this version were worked out.
+    graph_modes: frozenset[str]
+    # Experts of one rank above which the A2 leaves MC2; 0: no such limit.
+    a2_max_local_experts: int
     # Model types whose communication method is hard-wired to something else than MC2.
     models_without_mc2: frozenset[str]
 
+
+_ANY = 2**31  # no limit
+_VLLM_SCHEDULERS = frozenset(
+    {"vllm.v1.core.sched.scheduler.Scheduler", "vllm.v1.core.sched.async_scheduler.AsyncScheduler"}
+)
+_RECOMPUTE = frozenset(
+    {
+        "vllm_ascend.core.recompute_scheduler.RecomputeScheduler",
+        "vllm_ascend.core.recompute_scheduler.AsyncRecomputeScheduler",
+    }
+)
 
 _SUPPORTED = (
     Stock(
         vllm="0.11.0",
         vllm_ascend="0.11.0",
+        own_skip=False,
         worker_cls="vllm_ascend.worker.worker_v1.NPUWorker",
-        schedulers=frozenset(
-            {
-                "vllm.v1.core.sched.scheduler.Scheduler",
-                "vllm.v1.core.sched.async_scheduler.AsyncScheduler",
-                "vllm_ascend.core.scheduler.AscendScheduler",
-                "vllm_ascend.core.recompute_scheduler.RecomputeScheduler",
-            }
-        ),
+        schedulers=_VLLM_SCHEDULERS
+        | {
+            "vllm_ascend.core.scheduler.AscendScheduler",
+            "vllm_ascend.core.recompute_scheduler.RecomputeScheduler",
+        },
         recompute_schedulers=frozenset({"vllm_ascend.core.recompute_scheduler.RecomputeScheduler"}),
         speculative_methods=frozenset({"deepseek_mtp"}),
+        max_draft_passes=_ANY,  # with `level_draft_passes`
+        graph_modes=frozenset({"NONE", "PIECEWISE", "FULL"}),
+        a2_max_local_experts=0,
         models_without_mc2=frozenset({"PanguProMoE"}),
+    ),
+    Stock(
+        vllm="0.12.0",
+        vllm_ascend="0.12.0rc1",
+        own_skip=True,
+        worker_cls="vllm_ascend.worker.worker_v1.NPUWorker",
+        schedulers=_VLLM_SCHEDULERS | _RECOMPUTE,
+        recompute_schedulers=_RECOMPUTE,
+        speculative_methods=frozenset({"mtp"}),
+        max_draft_passes=1,  # a batch with prefill stops after the first pass, and an idle rank does not
+        graph_modes=frozenset({"NONE"}),
+        a2_max_local_experts=0,
+        models_without_mc2=frozenset({"PanguProMoE"}),
+    ),
+    Stock(
+        vllm="0.13.0",
+        vllm_ascend="0.13.0",
+        own_skip=True,
+        worker_cls="vllm_ascend.worker.worker.NPUWorker",
+        schedulers=_VLLM_SCHEDULERS | _RECOMPUTE,
+        recompute_schedulers=_RECOMPUTE,
+        speculative_methods=frozenset({"mtp"}),
+        max_draft_passes=1,  # as in 0.12.0rc1
+        graph_modes=frozenset({"NONE"}),
+        a2_max_local_experts=0,
+        models_without_mc2=frozenset(),
+    ),
+    Stock(
+        vllm="0.18.0",
+        vllm_ascend="0.18.0",
+        own_skip=True,
+        worker_cls="vllm_ascend.worker.worker.NPUWorker",
+        schedulers=_VLLM_SCHEDULERS | _RECOMPUTE,
+        recompute_schedulers=_RECOMPUTE,
+        speculative_methods=frozenset({"mtp"}),
+        max_draft_passes=_ANY,
+        graph_modes=frozenset({"NONE"}),
+        a2_max_local_experts=24,
+        models_without_mc2=frozenset(),
+    ),
+    Stock(
+        vllm="0.23.0",
+        vllm_ascend="0.23.0",
+        own_skip=True,
+        worker_cls="vllm_ascend.worker.worker.NPUWorker",
+        schedulers=_VLLM_SCHEDULERS | _RECOMPUTE,
+        recompute_schedulers=_RECOMPUTE,
+        speculative_methods=frozenset({"mtp"}),
+        max_draft_passes=_ANY,
+        graph_modes=frozenset({"NONE"}),
+        a2_max_local_experts=24,
+        models_without_mc2=frozenset(),
     ),
 )
 

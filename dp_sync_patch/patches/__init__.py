@@ -50,6 +50,21 @@ class PatchPoint:
         return SpecifierSet(self.versions).contains(version, prereleases=True)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where one version of vllm-ascend keeps a patched object, and what it looks like there."""
+
+    versions: str
+    module: str
+    name: str
+    signature: str
+
+
+def points_at(*places: Place, **common: Any) -> tuple[PatchPoint, ...]:
+    """One point per place, with the same wrapper and documentation."""
+    return tuple(PatchPoint(**common, **vars(place)) for place in places)
+
+
 if TYPE_CHECKING:
     _FunctionWrapper = wrapt.FunctionWrapper[..., Any]
 else:  # wrapt 1.x has no generic wrappers
@@ -95,9 +110,11 @@ class Registry:
             StandDownError: a point does not fit; none of the unit is in force.
         """
         with self._lock:
-            if self.units.get(unit) == "applied":
-                return False
             try:
+                for point in points:
+                    _import(point)
+                if self.units.get(unit) == "applied":  # perhaps just now: an import above can be the unit's trigger
+                    return False
                 verified = [_verify(point) for point in points]
                 done: list[_Applied] = []
                 try:
@@ -158,11 +175,15 @@ class Registry:
         ]
 
 
-def _verify(point: PatchPoint) -> _Applied:
+def _import(point: PatchPoint) -> Any:
     try:
-        module = importlib.import_module(point.module)
+        return importlib.import_module(point.module)
     except ImportError as error:
         raise StandDownError("DSP007", f"{point.module} cannot be imported: {error}") from None
+
+
+def _verify(point: PatchPoint) -> _Applied:
+    module = _import(point)
     try:
         parent, attribute, original = wrapt.resolve_path(module, point.name)
     except AttributeError as error:

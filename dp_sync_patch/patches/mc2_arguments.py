@@ -5,13 +5,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from vllm.forward_context import get_forward_context
 
 from dp_sync_patch import metrics, runtime
 from dp_sync_patch.errors import MC2OnlyError
-from dp_sync_patch.patches import PatchPoint
+from dp_sync_patch.patches import PatchPoint, Place, points_at
 
 _MODULE = "vllm_ascend.ops.moe.token_dispatcher"
+_FUSED_MODULE = "vllm_ascend.ops.fused_moe.token_dispatcher"
+_DISPATCH = "TokenDispatcherWithMC2.get_dispatch_mc2_kwargs"
+_COMBINE = "TokenDispatcherWithMC2.get_combine_mc_kwargs"  # stock's spelling
 
 
 def fix_dispatch_arguments(
@@ -55,7 +57,7 @@ def draw_distinct_experts(
     Stock draws them independently, so a row can name one expert twice. The operator forbids that; with the mask of a
     stock dummy run no row was sent, without it every row is. All quantisation methods come through here.
     """
-    if runtime.skip_sizes is None or not get_forward_context().in_profile_run:
+    if runtime.skip_sizes is None or not runtime.in_profile_run:
         return wrapped(*args, **kwargs)
     return _with_distinct_experts(wrapped, *args, **kwargs)
 
@@ -90,29 +92,37 @@ def distinct_experts(topk_ids: torch.Tensor, num_experts: int) -> torch.Tensor:
 
 
 POINTS = (
-    PatchPoint(
+    *points_at(
+        Place(
+            "==0.11.0",
+            _MODULE,
+            _DISPATCH,
+            "(self, hidden_states, topk_weights, topk_ids, expert_map, global_redundant_expert_num=0)",
+        ),
+        Place(
+            ">=0.12.0rc1,<=0.13.0",
+            _FUSED_MODULE,
+            _DISPATCH,
+            "(self, hidden_states, topk_weights, topk_ids, expert_map, mc2_mask, global_redundant_expert_num=0)",
+        ),
+        Place(">=0.18.0", _FUSED_MODULE, _DISPATCH, "(self, token_dispatch_input)"),
         unit="worker",
-        module=_MODULE,
-        name="TokenDispatcherWithMC2.get_dispatch_mc2_kwargs",
         wrapper=fix_dispatch_arguments,
-        signature="(self, hidden_states, topk_weights, topk_ids, expert_map, global_redundant_expert_num=0)",
         why="global_bs=0 and an active mask are only legal while every rank passes the same number of rows.",
         how="In skip: global_bs of the agreed bound, no mask, an assertion on the rows.",
         upstream="vllm-ascend#2719, vllm-ascend#8039",
         remove_when="Stock passes a global_bs from a bound that holds on every rank.",
-        versions="==0.11.0",
     ),
-    PatchPoint(
+    *points_at(
+        Place("==0.11.0", _MODULE, _COMBINE, "(self, hidden_states)"),
+        Place(">=0.12.0rc1,<=0.13.0", _FUSED_MODULE, _COMBINE, "(self, hidden_states, context_metadata)"),
+        Place(">=0.18.0", _FUSED_MODULE, _COMBINE, "(self, hidden_states, combine_metadata)"),
         unit="worker",
-        module=_MODULE,
-        name="TokenDispatcherWithMC2.get_combine_mc_kwargs",
         wrapper=fix_combine_arguments,
-        signature="(self, hidden_states)",
         why="Combine has to be given what its dispatch was given.",
         how="In skip: the same global_bs, no mask.",
         upstream="vllm-ascend#2719, vllm-ascend#8039",
         remove_when="With get_dispatch_mc2_kwargs.",
-        versions="==0.11.0",
     ),
     PatchPoint(
         unit="worker",

@@ -44,6 +44,6 @@ POINTS = (
         how="Lowers max_num_scheduled_tokens to the plan's budget, then stock's loop.",
         upstream="vllm-ascend#3448",
         remove_when="Stock bounds the tokens of a step on decode nodes.",
-        versions="==0.11.0",
+        versions=">=0.11.0",
     ),
 )

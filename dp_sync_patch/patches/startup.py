@@ -16,6 +16,15 @@ def latch_before_load(wrapped: Callable[..., Any], instance: Any, args: tuple[An
     return wrapped(*args, **kwargs)
 
 
+def mark_profile_run(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """All ranks profile together and with equal counts: stock synchronises there, and may leave MC2."""
+    runtime.in_profile_run = True
+    try:
+        return wrapped(*args, **kwargs)
+    finally:
+        runtime.in_profile_run = False
+
+
 def confirm_after_kv_cache(
     wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
@@ -29,6 +38,18 @@ POINTS = (
     PatchPoint(
         unit="worker",
         module=_MODULE,
+        name="NPUModelRunner.profile_run",
+        wrapper=mark_profile_run,
+        signature="(self)",
+        why="Stock profiles with more tokens than a step may have, which can choose another method than MC2.",
+        how="Marks the profile run, for the other wrappers.",
+        upstream="vllm-ascend#8240",
+        remove_when="With the all_reduce.",
+        versions=">=0.11.0",
+    ),
+    PatchPoint(
+        unit="worker",
+        module=_MODULE,
         name="NPUModelRunner.load_model",
         wrapper=latch_before_load,
         signature="(self)",
@@ -36,7 +57,7 @@ POINTS = (
         how="Facts -> Plan -> agreement of all ranks, then stock's load_model.",
         upstream="vllm-ascend#2766",
         remove_when="Stock decides the skip once at start-up and compares it across ranks.",
-        versions="==0.11.0",
+        versions=">=0.11.0",
     ),
     PatchPoint(
         unit="worker",
@@ -48,6 +69,6 @@ POINTS = (
         how="Stock's initialize_kv_cache, then a second round: all ranks stop if anything moved on one of them.",
         upstream="vllm-ascend#13826",
         remove_when="Stock compares capture sizes and graph mode across ranks.",
-        versions="==0.11.0",
+        versions=">=0.11.0",
     ),
 )

@@ -171,7 +171,7 @@ def sync(folder: str) -> dict[str, Any]:
     config.parallel_config.data_parallel_rank = 1
     runner = object.__new__(NPUModelRunner)
     runner.dp_size, runner.dp_rank = 4, 1
-    runner.in_profile_run = False
+    runtime.in_profile_run = False
     runner.use_aclgraph = False
     runner.vllm_config = config
 
@@ -195,7 +195,7 @@ def sync(folder: str) -> dict[str, Any]:
     runner.dp_size = 4
     reached_stock = _reaches_stock(lambda: runner._sync_metadata_across_dp(3, True, False))
     runtime.skip_sizes = _SKIP
-    runner.in_profile_run = True
+    runtime.in_profile_run = True
     profile_reaches_stock = _reaches_stock(lambda: runner._sync_metadata_across_dp(3, True, False))
     return {
         "first": [first[0], first[2], first[3]],
@@ -233,7 +233,7 @@ def selector(folder: str) -> dict[str, Any]:
     runner.vllm_config = engine_config(folder)
     runner.parallel_config = runner.vllm_config.parallel_config
     runner.dp_rank = 2
-    runner.in_profile_run = False
+    runtime.in_profile_run = False
     runner.mc2_tokens_capacity = 16
     found: dict[str, Any] = {"stock": [runner._select_moe_comm_method(n, False).name for n in (16, 17)]}
     runtime.skip_sizes = _SKIP
@@ -246,7 +246,7 @@ def selector(folder: str) -> dict[str, Any]:
             call()
         except DpSyncPatchError as error:
             found[name] = [type(error).__name__, str(error)]
-    runner.in_profile_run = True
+    runtime.in_profile_run = True
     found["profile"] = runner._select_moe_comm_method(17, True).name
     return found
 
@@ -340,7 +340,7 @@ def forced_load_balance(folder: str) -> dict[str, Any]:
         moe.__dict__["dynamic_eplb"] = False
         context = ForwardContext({}, {}, 0)
         context.moe_comm_method = Method()
-        context.in_profile_run = in_profile_run
+        context.in_profile_run = runtime.in_profile_run = in_profile_run
         context.weight_prefetch_method = None
         with override_forward_context(context):
             try:

@@ -91,7 +91,7 @@ def run_with_command(*flags: str) -> tuple[int, str, list[str]]:
 def test_green_on_stock(ahead: tuple[int, str, list[str]]) -> None:
     code, output, files = ahead
     assert code == 0, output
-    assert "14 passed" in output
+    assert "15 passed" in output
     assert "skipped" not in output
     assert "no plan was checked" not in output
     assert files == ["config.json"]
@@ -182,7 +182,7 @@ def test_the_check_command_is_green_on_stock(tmp_path: Path) -> None:
     assert (code, answer["problems"]) == (0, [])
     assert answer["plan"]["state"] == "skip"
     assert answer["process"]["units"] == {"worker": "applied", "engine": "applied"}
-    assert len(answer["process"]["points"]) == 9
+    assert len(answer["process"]["points"]) == 10
     assert answer["VLLM_PLUGINS"] == ["dp_sync_patch"]
     assert answer["versions"]["vllm-ascend"] == "0.11.0"
 

@@ -9,6 +9,7 @@ from fresh import run
 pytestmark = pytest.mark.timeout(300)
 
 WORKER = [
+    "vllm_ascend.worker.model_runner_v1:NPUModelRunner.profile_run",
     "vllm_ascend.worker.model_runner_v1:NPUModelRunner.load_model",
     "vllm_ascend.worker.model_runner_v1:NPUModelRunner.initialize_kv_cache",
     "vllm_ascend.worker.model_runner_v1:NPUModelRunner._sync_metadata_across_dp",

@@ -34,11 +34,15 @@ BREAKS: dict[str, Facts] = {
     "DSP110": decode_node(hierarchy="HCCL_INTRA_PCIE_ENABLE=1"),
     "DSP111": decode_node(model_without_mc2=True),
     "DSP112": decode_node(compile_sizes=(8, 33)),
+    "DSP113": decode_node(soc="A2", data_parallel_size=16, num_experts=400, a2_max_local_experts=24,
+                          hccl_buffsize_mb=4096),
+    "DSP114": decode_node(fused_mc2="VLLM_ASCEND_ENABLE_FUSED_MC2"),
     "DSP120": decode_node(scheduler_known=False),
     "DSP121": decode_node(splits_prompts=False),
     "DSP122": graph_node([16, 32], separate_routines=True, graph_mode="FULL_DECODE_ONLY"),
     "DSP123": graph_node([10], tensor_parallel_size=4, max_num_seqs=11),
     "DSP124": decode_node(process_group_size=2),
+    "DSP125": graph_node([16, 32], graph_mode_known=False),
     "DSP130": decode_node(worker_cls_known=False),
     "DSP131": decode_node(shared_expert_dp="enable_shared_expert_dp"),
     "DSP132": decode_node(sequence_parallel="VLLM_ASCEND_ENABLE_FLASHCOMM1"),
@@ -52,6 +56,11 @@ BREAKS: dict[str, Facts] = {
     "DSP140": decode_node(decode_context_parallel_size=2),
     "DSP141": decode_node(speculative_method="eagle3", num_speculative_tokens=1, speculative_method_known=False,
                           max_num_seqs=16),
+    "DSP142": decode_node(speculative_method="mtp", num_speculative_tokens=3, max_draft_passes=1, max_num_seqs=8),
+    "DSP143": decode_node(embedding_tensor_parallel="finegrained_tp_config.embedding_tensor_parallel_size"),
+    "DSP144": decode_node(flashcomm2="VLLM_ASCEND_FLASHCOMM2_PARALLEL_SIZE"),
+    "DSP145": decode_node(balance_scheduling="VLLM_ASCEND_BALANCE_SCHEDULING"),
+    "DSP146": decode_node(model_runner_v2="VLLM_USE_V2_MODEL_RUNNER"),
 }  # fmt: skip
 
 

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is read from and written to stock's live objects, where versions differ. Only in processes with a worker."""
+
+import importlib
+from typing import Any
+
+# 0.11.0 has the dispatchers here; every later version below ops.fused_moe.
+_MOE_PACKAGES = ("vllm_ascend.ops.fused_moe", "vllm_ascend.ops.moe")
+_DEVICES = {"_910B": "A2", "_910_93": "A3"}  # as 0.12.0rc1 calls them
+
+
+def mc2_tokens_capacity(runner: Any) -> int:
+    """Tokens per DP rank up to which stock's selector chooses MC2."""
+    context = _forward_context()
+    capacity: int = runner.mc2_tokens_capacity if context is None else context.get_mc2_tokens_capacity()
+    return capacity
+
+
+def set_mc2_tokens_capacity(runner: Any, capacity: int) -> None:
+    """Make the selector (and on 0.23.0 the dispatchers) use `capacity`. Before the model is loaded."""
+    context = _forward_context()
+    if context is None:
+        runner.mc2_tokens_capacity = capacity
+    else:
+        # Stock's own setter keeps the first value of a process.
+        context._mc2_tokens_capacity = capacity
+
+
+def latch_mc2_tokens_capacity(runner: Any, vllm_config: Any) -> None:
+    """As the runner's constructor does it, on an object that has what that part of it reads."""
+    context = _forward_context()
+    if context is None:
+        from vllm_ascend.worker.model_runner_v1 import NPUModelRunner
+
+        NPUModelRunner._init_mc2_tokens_capacity(runner)
+    else:
+        context._mc2_tokens_capacity = None
+        context.set_mc2_tokens_capacity(vllm_config, runner.max_num_reqs, runner.uniform_decode_query_len)
+
+
+def _forward_context() -> Any:
+    """The module that holds the capacity from 0.12.0rc1 on; on 0.11.0 the runner does (None)."""
+    from vllm_ascend import ascend_forward_context
+
+    return ascend_forward_context if hasattr(ascend_forward_context, "_mc2_tokens_capacity") else None
+
+
+def device_type() -> str:
+    """A2, A3 or another name of stock's device type."""
+    from vllm_ascend import utils
+
+    asked = getattr(utils, "get_ascend_device_type", None) or utils.get_ascend_soc_version
+    name: str = asked().name
+    return _DEVICES.get(name, name)
+
+
+def model_is_built() -> bool:
+    """Whether MoE dispatchers exist in this process."""
+    for package in _MOE_PACKAGES:
+        try:
+            module = importlib.import_module(f"{package}.moe_comm_method")
+        except ModuleNotFoundError:
+            continue
+        return bool(module._MoECommMethods)
+    raise AttributeError("vllm_ascend has no moe_comm_method")
