@@ -4,12 +4,14 @@
 #include <acl/acl.h>
 #include <acl/acl_mdl.h>
 #include <acl/acl_op_compiler.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <array>
 #include <atomic>
 #include <chrono>
+#include <cerrno>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -35,9 +37,19 @@ struct Block {
     int32_t device;
 };
 
+// A piece of device memory without a device address, and where it lies now: at a place of its own, or in a reserved range.
+struct Physical {
+    size_t bytes;
+    int32_t device;
+    void* at;
+    bool mapped;
+};
+
 struct DeviceMemory {
     std::mutex lock;
     std::unordered_map<void*, Block> blocks;
+    std::unordered_map<void*, size_t> reserved;
+    std::unordered_map<void*, Physical*> mapped;
     std::unordered_map<int32_t, size_t> used;
 };
 
@@ -81,21 +93,26 @@ aclError copy(void* dst, size_t capacity, const void* src, size_t count) {
     return ACL_SUCCESS;
 }
 
+// Whether the device has room for so many bytes; call it with the lock held.
+aclError check_room(const char* function, int32_t device, size_t bytes) {
+    const size_t total = static_cast<size_t>(vnpu::settings().device_memory_mb) << 20;
+    const size_t used = memory().used[device];
+    if (used + bytes <= total) return ACL_SUCCESS;
+    return fail(ACL_ERROR_RT_MEMORY_ALLOCATION, std::string(function) + ": device " + std::to_string(device) + " has " +
+                                                    std::to_string(total - used) + " bytes free, " + std::to_string(bytes) +
+                                                    " wanted (VIRTUAL_NPU_DEVICE_MEMORY_MB)");
+}
+
 aclError allocate(void** pointer, size_t bytes) {
     if (pointer == nullptr || bytes == 0) return fail(kBadParameter, "aclrtMalloc: null pointer or zero bytes");
     if (current_device < 0) return fail(ACL_ERROR_RT_CONTEXT_NULL, "aclrtMalloc: no device is set on this thread");
     auto& device_memory = memory();
     const std::lock_guard<std::mutex> guard(device_memory.lock);
-    const size_t total = static_cast<size_t>(vnpu::settings().device_memory_mb) << 20;
-    size_t& used = device_memory.used[current_device];
-    if (used + bytes > total) {
-        return fail(ACL_ERROR_RT_MEMORY_ALLOCATION, "aclrtMalloc: device " + std::to_string(current_device) + " has " +
-                                                        std::to_string(total - used) + " bytes free, " +
-                                                        std::to_string(bytes) + " wanted (VIRTUAL_NPU_DEVICE_MEMORY_MB)");
-    }
+    const aclError room = check_room("aclrtMalloc", current_device, bytes);
+    if (room != ACL_SUCCESS) return room;
     void* block = std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
     if (block == nullptr) return fail(ACL_ERROR_RT_MEMORY_ALLOCATION, "aclrtMalloc: the host has no memory left");
-    used += bytes;
+    device_memory.used[current_device] += bytes;
     device_memory.blocks[block] = {bytes, current_device};
     *pointer = block;
     return ACL_SUCCESS;
@@ -158,6 +175,7 @@ aclError aclGetDeviceCapability(uint32_t, aclDeviceInfo info, int64_t* value) {
     switch (info) {
         case ACL_DEVICE_INFO_AI_CORE_NUM: *value = 24; return ACL_SUCCESS;
         case ACL_DEVICE_INFO_VECTOR_CORE_NUM: *value = 48; return ACL_SUCCESS;
+        case ACL_DEVICE_INFO_L2_SIZE: *value = 192LL << 20; return ACL_SUCCESS;
         default: return fail(ACL_ERROR_API_NOT_SUPPORT, "aclGetDeviceCapability: attribute " + std::to_string(info) +
                                                             " is not emulated");
     }
@@ -269,6 +287,86 @@ aclError aclrtFree(void* pointer) {
     device_memory.used[found->second.device] -= found->second.bytes;
     device_memory.blocks.erase(found);
     std::free(pointer);
+    return ACL_SUCCESS;
+}
+
+// Expandable segments: addresses are reserved once, and device memory is moved into and out of them. The move keeps the contents
+// and costs neither a copy nor a file descriptor.
+
+aclError aclrtReserveMemAddress(void** pointer, size_t bytes, size_t, void* expected, uint64_t) {
+    void* range = mmap(expected, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (range == MAP_FAILED) return fail(ACL_ERROR_RT_MEMORY_ALLOCATION, "aclrtReserveMemAddress: no address range of that size");
+    auto& device_memory = memory();
+    const std::lock_guard<std::mutex> guard(device_memory.lock);
+    device_memory.reserved[range] = bytes;
+    *pointer = range;
+    return ACL_SUCCESS;
+}
+
+aclError aclrtReleaseMemAddress(void* pointer) {
+    auto& device_memory = memory();
+    const std::lock_guard<std::mutex> guard(device_memory.lock);
+    const auto found = device_memory.reserved.find(pointer);
+    if (found == device_memory.reserved.end()) return fail(kBadParameter, "aclrtReleaseMemAddress: not a reserved range");
+    munmap(pointer, found->second);
+    device_memory.reserved.erase(found);
+    return ACL_SUCCESS;
+}
+
+aclError aclrtMallocPhysical(aclrtDrvMemHandle* handle, size_t bytes, const aclrtPhysicalMemProp* properties, uint64_t) {
+    const auto device = static_cast<int32_t>(properties->location.id);
+    auto& device_memory = memory();
+    const std::lock_guard<std::mutex> guard(device_memory.lock);
+    const aclError room = check_room("aclrtMallocPhysical", device, bytes);
+    if (room != ACL_SUCCESS) return room;
+    void* at = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (at == MAP_FAILED) return fail(ACL_ERROR_RT_MEMORY_ALLOCATION, "aclrtMallocPhysical: the host has no memory left");
+    device_memory.used[device] += bytes;
+    *handle = reinterpret_cast<aclrtDrvMemHandle>(new Physical{bytes, device, at, false});
+    return ACL_SUCCESS;
+}
+
+aclError aclrtFreePhysical(aclrtDrvMemHandle handle) {
+    auto* physical = reinterpret_cast<Physical*>(handle);
+    auto& device_memory = memory();
+    const std::lock_guard<std::mutex> guard(device_memory.lock);
+    if (physical->mapped) return fail(kBadParameter, "aclrtFreePhysical: the memory is still mapped");
+    munmap(physical->at, physical->bytes);
+    device_memory.used[physical->device] -= physical->bytes;
+    delete physical;
+    return ACL_SUCCESS;
+}
+
+aclError aclrtMapMem(void* pointer, size_t bytes, size_t offset, aclrtDrvMemHandle handle, uint64_t) {
+    auto* physical = reinterpret_cast<Physical*>(handle);
+    auto& device_memory = memory();
+    const std::lock_guard<std::mutex> guard(device_memory.lock);
+    if (physical->mapped || offset != 0 || bytes != physical->bytes) {
+        return fail(kBadParameter, "aclrtMapMem: memory is mapped once and as a whole (other mappings are not emulated)");
+    }
+    if (mremap(physical->at, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, pointer) == MAP_FAILED) {
+        return fail(kBadParameter, std::string("aclrtMapMem: ") + std::strerror(errno));
+    }
+    physical->at = pointer;
+    physical->mapped = true;
+    device_memory.mapped[pointer] = physical;
+    return ACL_SUCCESS;
+}
+
+aclError aclrtUnmapMem(void* pointer) {
+    auto& device_memory = memory();
+    const std::lock_guard<std::mutex> guard(device_memory.lock);
+    const auto found = device_memory.mapped.find(pointer);
+    if (found == device_memory.mapped.end()) return fail(kBadParameter, "aclrtUnmapMem: nothing is mapped there");
+    Physical* physical = found->second;
+    // DONTUNMAP: the range stays reserved, so that nothing else gets its addresses in between.
+    void* at = mremap(pointer, physical->bytes, physical->bytes, MREMAP_MAYMOVE | MREMAP_DONTUNMAP, nullptr);
+    if (at == MAP_FAILED || mprotect(pointer, physical->bytes, PROT_NONE) != 0) {
+        return fail(kBadParameter, std::string("aclrtUnmapMem: ") + std::strerror(errno));
+    }
+    physical->at = at;
+    physical->mapped = false;
+    device_memory.mapped.erase(found);
     return ACL_SUCCESS;
 }
 

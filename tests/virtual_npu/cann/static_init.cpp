@@ -43,6 +43,18 @@ int32_t rtRegisterAllKernel(const void*, void** handle) {
 
 int32_t rtDevBinaryUnRegister(void*) { return 0; }
 
+// The same in newer wheels. By symbol name, as the headers of older ones do not declare them.
+aclError load_binary(const void*, size_t, const void*, void**) __asm__("aclrtBinaryLoadFromData");
+aclError unload_binary(void*) __asm__("aclrtBinaryUnLoad");
+
+aclError load_binary(const void*, size_t, const void*, void** handle) {
+    static char token;
+    *handle = &token;
+    return ACL_SUCCESS;
+}
+
+aclError unload_binary(void*) { return ACL_SUCCESS; }
+
 int32_t MsprofRegisterCallback(uint32_t, void*) { return 0; }  // no profiler is attached
 
 }  // extern "C"

@@ -28,6 +28,8 @@ def attach() -> None:
         raise RuntimeError(
             f"virtual NPU: TASK_QUEUE_ENABLE={os.environ['TASK_QUEUE_ENABLE']!r} is not supported, allowed: 0"
         )
+    # There is no compiler for NPU kernels, and the interpreter runs them on NPU tensors as they are.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
     for library in ["libvirtual_cann.so", "libunemulated.so", *sorted(p.name for p in LIBRARIES.glob("lib*.so"))]:
         # torch_npu's libraries name these in DT_NEEDED; once loaded, the loader matches them by soname.
         ctypes.CDLL(str(LIBRARIES / library), mode=ctypes.RTLD_GLOBAL)
@@ -36,11 +38,12 @@ def attach() -> None:
 
     kernels = _load_kernels()
     kernels.install()
-    from virtual_npu import operators, stepping
+    from virtual_npu import operators, stepping, triton_language
 
     operators.register(kernels.as_cpu, kernels.as_npu)
     stepping.watch()
     wrapt.register_post_import_hook(_build_for_this_device, "vllm_ascend._build_info")
+    wrapt.register_post_import_hook(triton_language.extend, "triton.language.extra")
 
 
 def _build_for_this_device(build_info: Any) -> None:
@@ -48,6 +51,8 @@ def _build_for_this_device(build_info: Any) -> None:
 
     Gives the one generated constant the value that a source build for the selected device writes.
     """
+    if not hasattr(build_info, "__device_type__"):
+        return  # 0.11.0 asks the device
     a2, a3 = ("_910B", "_910_93") if build_info.__device_type__.startswith("_") else ("A2", "A3")  # 0.12.0rc1, later
     soc = os.environ.get("VIRTUAL_NPU_SOC", "Ascend910_9391")
     build_info.__device_type__ = a3 if soc.startswith("Ascend910_93") else a2
