@@ -91,6 +91,9 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "npu::npu_prefetch": misc.npu_prefetch,
     "npu::npu_top_k_top_p": misc.npu_top_k_top_p,
     # vllm-ascend's own operators
+    "_C_ascend::npu_add_rms_norm_bias": norm.npu_add_rms_norm_bias,
+    "_C_ascend::moe_gating_top_k": moe.moe_gating_top_k,
+    "_C_ascend::npu_moe_init_routing_custom": moe.npu_moe_init_routing_custom,
     "_C_ascend::rotary_embedding": rope_cache.ascend_rotary_embedding,
     "_C_ascend::batch_matmul_transpose": linear.batch_matmul_transpose,
     "_C_ascend::get_masked_input_and_mask": misc.get_masked_input_and_mask,
@@ -146,25 +149,23 @@ def is_defined(name: str) -> bool:
     return torch._C._get_operation_overload(operator, overload) is not None
 
 
-def load_vllm_ascend_operators() -> bool:
+def load_vllm_ascend_operators() -> None:
     """Load vllm-ascend's extension, which defines ``_C_ascend``, if vllm-ascend is installed.
 
     A kernel registered later wins, so it must be loaded before ours register; a later ``import`` finds it loaded.
     """
     package = importlib.util.find_spec("vllm_ascend")
     if package is None or not package.submodule_search_locations:
-        return False
+        return
     extension = next(Path(package.submodule_search_locations[0]).glob("vllm_ascend_C*.so"), None)
-    if extension is None:
-        return False
-    ctypes.CDLL(str(extension))
-    return True
+    if extension is not None:
+        ctypes.CDLL(str(extension))
 
 
 def register(as_cpu: Callable[[Tensor], Tensor], as_npu: Callable[[Tensor, Tensor], Tensor]) -> list[str]:
-    """Install every operator of the table for NPU tensors; returns their names. Call once, after torch_npu is imported.
+    """Install the table's operators that this stock version defines, for NPU tensors; returns their names.
 
-    torch_npu's kernels for the autograd key hand on to these, so they stay.
+    Call once, after torch_npu is imported. torch_npu's kernels for the autograd key hand on to these, so they stay.
 
     Args:
         as_cpu: CPU tensor over the memory of an NPU tensor (sizes, strides, offset and dtype kept).

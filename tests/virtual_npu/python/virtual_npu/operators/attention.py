@@ -551,13 +551,14 @@ def npu_fusion_attention(
     gen_mask_parallel: bool = True,
     sync: bool = False,
     softmax_layout: str = "",
+    sink: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, int, int, int]:
     """Encoder and prefill attention without dropout: gen_mask_parallel and sync, about its random mask, have no effect.
 
     Returns (out, row maximum, row sum of exponentials, empty, 0, 0, 0); both statistics are fp32, last dimension 8.
     """
     operator, layout = "npu_fusion_attention", input_layout
-    refuse(operator, pse=pse, padding_mask=padding_mask, prefix=prefix, softmax_layout=softmax_layout)
+    refuse(operator, pse=pse, padding_mask=padding_mask, prefix=prefix, softmax_layout=softmax_layout, sink=sink)
     expect(keep_prob == 1.0, operator, "keep_prob", keep_prob, "1.0 (no dropout)")
     _check(operator, layout, sparse_mode, atten_mask, pre_tockens, next_tockens)
     packed, starts, lengths = _queries(query, layout, head_num, actual_seq_qlen)

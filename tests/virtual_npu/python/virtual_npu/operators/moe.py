@@ -56,8 +56,51 @@ def npu_moe_gating_top_k(
     group, 1 sum of the best two. Returns (weights in x's dtype, ids int32, fp32 scores if out_flag else poison).
     """
     operator = "npu_moe_gating_top_k"
-    rows, experts = x.shape
     refuse(operator, renorm=renorm)
+    groups = (k_group, group_count, group_select_mode)
+    scaling = (norm_type == 1, routed_scaling_factor, eps)
+    return _grouped_top_k(operator, x, k, bias, groups, norm_type, scaling, out_flag)
+
+
+def moe_gating_top_k(
+    x: Tensor,
+    k: int,
+    k_group: int,
+    group_count: int,
+    group_select_mode: int,
+    renorm: int,
+    norm_type: int,
+    out_flag: bool,
+    routed_scaling_factor: float,
+    eps: float,
+    bias_opt: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """npu_moe_gating_top_k that can also normalise the softmax form: renorm 1 divides by the sum + eps before scaling.
+
+    The sigmoid form without renorm does not exist.
+    """
+    operator = "_C_ascend.moe_gating_top_k"
+    expect(renorm in (0, 1), operator, "renorm", renorm, "0 or 1")
+    expect(norm_type != 1 or renorm == 1, operator, "renorm", renorm, "1 with norm_type 1 (sigmoid)")
+    groups = (k_group, group_count, group_select_mode)
+    scaling = (renorm == 1, routed_scaling_factor, eps)
+    return _grouped_top_k(operator, x, k, bias_opt, groups, norm_type, scaling, out_flag)
+
+
+def _grouped_top_k(
+    operator: str,
+    x: Tensor,
+    k: int,
+    bias: Tensor | None,
+    groups: tuple[int, int, int],
+    norm_type: int,
+    scaling: tuple[bool, float, float],
+    out_flag: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """groups: k_group, group_count, group_select_mode. scaling: whether to normalise, the factor after it, eps."""
+    k_group, group_count, group_select_mode = groups
+    normalise, routed_scaling_factor, eps = scaling
+    rows, experts = x.shape
     expect(norm_type in (0, 1), operator, "norm_type", norm_type, "0 or 1")
     expect(group_select_mode in (0, 1), operator, "group_select_mode", group_select_mode, "0 or 1")
     expect(experts % group_count == 0, operator, "group_count", group_count, f"a divisor of {experts}")
@@ -77,7 +120,7 @@ def npu_moe_gating_top_k(
         choice = grouped.masked_fill(~kept[..., None], -torch.inf).reshape(rows, experts)
     ids = first_lowest_top_k(choice, k)
     weights = scores.gather(1, ids)
-    if norm_type == 1:
+    if normalise:
         weights = weights / (weights.sum(-1, keepdim=True) + eps)
     weights = (weights * routed_scaling_factor).to(x.dtype)
     return weights, ids.to(torch.int32), scores if out_flag else poisoned((rows, experts), torch.float32)
@@ -185,6 +228,28 @@ def npu_moe_init_routing_v2(
         if (expert_num, start, end, x.shape[1], quant_mode, expert_tokens_num_type) == (128, 0, 128, 2048, -1, 1):
             histogram = histogram.to(torch.int32)
     return expanded, index, histogram if expert_tokens_num_flag else poison(histogram), expanded_scale
+
+
+def npu_moe_init_routing_custom(
+    x: Tensor,
+    expert_idx: Tensor,
+    *,
+    quant_mode: int = 0,
+    expert_num: int = -1,
+    active_expert_range: tuple[int, ...] = (),
+    **arguments: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """npu_moe_init_routing_v2 of vllm-ascend: no range means all experts, counts are always int64."""
+    active_expert_range = active_expert_range or (0, expert_num)
+    expanded, index, histogram, scale = npu_moe_init_routing_v2(
+        x,
+        expert_idx,
+        quant_mode=quant_mode,
+        expert_num=expert_num,
+        active_expert_range=active_expert_range,
+        **arguments,
+    )
+    return expanded, index, histogram.to(torch.int64), scale
 
 
 def npu_moe_token_permute(

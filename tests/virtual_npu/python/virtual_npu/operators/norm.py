@@ -38,6 +38,22 @@ def npu_add_rms_norm(x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-
     return y.to(x1.dtype), rstd, total
 
 
+def npu_add_rms_norm_bias(
+    x1: Tensor,
+    x2: Tensor,
+    gamma: Tensor,
+    beta: Tensor | None = None,
+    epsilon: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """npu_add_rms_norm whose y is shifted by beta (shape of gamma) before it is rounded."""
+    total = (x1.float() + x2.float()).to(x1.dtype)
+    y, rstd = _rms_norm32(total, gamma, epsilon)
+    if beta is not None:
+        expect(beta.shape == gamma.shape, "npu_add_rms_norm_bias", "beta", list(beta.shape), list(gamma.shape))
+        y = y + beta.float()
+    return y.to(x1.dtype), rstd, total
+
+
 def npu_add_rms_norm_quant(
     x1: Tensor,
     x2: Tensor,
