@@ -37,7 +37,6 @@ from load import LoadResult, make_requests, run_load
 HERE = Path(__file__).resolve().parent
 HOST = "127.0.0.1"
 MODEL = "toy"
-STOCK_PLUGINS = "ascend,ascend_kv_connector,ascend_enhanced_model"
 OVERLAY_PLUGINS = "dp_sync_patch"
 DP_SIZE = 4
 # Small enough that a rank sometimes runs out of KV blocks and the recompute scheduler hands a request back: 3 blocks of
@@ -49,6 +48,18 @@ START_TIMEOUT_S = 420
 LOG_LINES, CAUSE_LINES = 15, 6
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _EXCEPTION = re.compile(r"\] \w*(Error|Exception): |^(\(\w+ pid=\d+\) )?\w*(Error|Exception): ")
+
+
+def installed_stock_plugins() -> str:
+    """VLLM_PLUGINS of a node without the overlay: all that vllm-ascend brings, which differs by version."""
+    try:
+        found = importlib.metadata.distribution("vllm-ascend").entry_points
+    except importlib.metadata.PackageNotFoundError:  # check_installation says so
+        return ""
+    return ",".join(sorted(entry.name for entry in found if entry.group.startswith("vllm.")))
+
+
+STOCK_PLUGINS = installed_stock_plugins()
 
 
 class DemoError(Exception):

@@ -25,6 +25,7 @@ removed by the writer after `ttl_s` seconds (default 600). Both `directory` and 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import re
 import time
@@ -49,13 +50,29 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.forward_context import ForwardContext
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
-    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
     from vllm.v1.request import Request
 
 logger = init_logger("vllm.file_kv_connector")
 
 _TRANSFER_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,159}")
 _SUFFIX = ".safetensors"
+
+# All that differs between the vLLM versions 0.11.0 to 0.23.0 in what this connector uses.
+
+
+def _base_arguments(kv_cache_config: object) -> dict[str, Any]:
+    """What the base class takes on top of configuration and role; 0.11.0 does not know the cache configuration."""
+    known = "kv_cache_config" in inspect.signature(KVConnectorBase_V1.__init__).parameters
+    return {"kv_cache_config": kv_cache_config} if known else {}
+
+
+def _is_resumed(cached: CachedRequestData, index: int) -> bool:
+    """Whether the request comes back from a preemption, so that its block ids are all it has, not an addition."""
+    resumed_req_ids = getattr(cached, "resumed_req_ids", None)
+    if resumed_req_ids is None:  # 0.11.0
+        return bool(cached.resumed_from_preemption[index])
+    return cached.req_ids[index] in resumed_req_ids
 
 
 def valid_transfer_id(params: dict[str, Any], req_id: str) -> str | None:
@@ -152,8 +169,8 @@ class TransferDirectory:
 class FileKVConnector(KVConnectorBase_V1):
     """See the module text. Raises ValueError on an unusable setting, and for pipeline parallelism."""
 
-    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole) -> None:
-        super().__init__(vllm_config=vllm_config, role=role)
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: object = None) -> None:
+        super().__init__(vllm_config=vllm_config, role=role, **_base_arguments(kv_cache_config))
         config = vllm_config.kv_transfer_config
         directory = config.get_from_extra_config("directory", None)
         if not isinstance(directory, str) or not directory:
@@ -245,7 +262,7 @@ class FileKVConnector(KVConnectorBase_V1):
             if pending is None:
                 continue
             new_block_ids = cached.new_block_ids[index]
-            if cached.resumed_from_preemption[index]:
+            if _is_resumed(cached, index):
                 pending.block_ids = []
             if new_block_ids is not None:
                 pending.block_ids.extend(new_block_ids[0])

@@ -50,7 +50,8 @@ def read_rank(path: Path) -> Rank:
     return Rank(
         rank=rank,
         steps=len(steps),
-        dp_collectives=sum(groups[event["comm"]] == "dp:0" for event in device),
+        # HCCL's are told by their communicator, gloo's (stock from 0.12.0rc1 on) by their group.
+        dp_collectives=sum((event.get("group") or groups[event["comm"]]) == "dp:0" for event in collectives),
         kinds=Counter(event["kind"] for event in device),
         groups={groups[event["comm"]] for event in device},
         votes=sum(event.get("group") == "stateless" for event in collectives),

@@ -82,6 +82,9 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "npu::npu_fused_infer_attention_score": attention.npu_fused_infer_attention_score,
     "npu::npu_fused_infer_attention_score.out": attention.npu_fused_infer_attention_score_out,
     "npu::_npu_fused_infer_attention_score_get_max_workspace": misc.empty_workspace,
+    "npu::npu_fused_infer_attention_score_v2": attention.npu_fused_infer_attention_score_v2,
+    "npu::npu_fused_infer_attention_score_v2.out": attention.npu_fused_infer_attention_score_v2_out,
+    "npu::_npu_fused_infer_attention_score_v2_get_max_workspace": misc.empty_workspace,
     "npu::npu_fusion_attention": attention.npu_fusion_attention,
     # the rest
     "npu::npu_format_cast": misc.npu_format_cast,
@@ -91,6 +94,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "npu::npu_prefetch": misc.npu_prefetch,
     "npu::npu_top_k_top_p": misc.npu_top_k_top_p,
     # vllm-ascend's own operators
+    "_C_ascend::npu_apply_top_k_top_p": misc.npu_top_k_top_p,
     "_C_ascend::npu_add_rms_norm_bias": norm.npu_add_rms_norm_bias,
     "_C_ascend::moe_gating_top_k": moe.moe_gating_top_k,
     "_C_ascend::npu_moe_init_routing_custom": moe.npu_moe_init_routing_custom,

@@ -365,6 +365,8 @@ def npu_ring_mla(
 # ---- fused attention of CANN ---------------------------------------------------------------------------------------
 
 LAYOUTS = ("TND", "BSH", "BSND", "BNSD")
+# Layouts that name another one for the output: how the output in the layout of the query is permuted.
+OUTPUT_LAYOUTS = {"TND_NTD": (1, 0, 2), "BNSD_NBSD": (1, 0, 2, 3), "BSND_NBSD": (2, 0, 1, 3)}
 
 
 def _check(operator: str, layout: str, sparse_mode: int, mask: Tensor | None, pre: int, following: int) -> None:
@@ -469,9 +471,14 @@ def npu_fused_infer_attention_score(
     TND: actual_seq_lengths are prefix sums that end at the number of query rows; actual_seq_lengths_kv are per-sequence
     lengths with a block_table, prefix sums without. query_rope and key_rope extend the last dimension of query and key
     (MLA). inner_precise chooses a precision on hardware; sums are fp32 here. Rows past a valid length are zero.
-    Returns (out in the layout of query, fp32 log-sum-exp or an empty tensor).
+    An input_layout of two parts, such as TND_NTD, has heads first in the output.
+    Returns (out in the layout of query or that of the second part, fp32 log-sum-exp or an empty tensor).
     """
-    operator, layout, kv_heads = "npu_fused_infer_attention_score", input_layout, num_key_value_heads or num_heads
+    operator, kv_heads = "npu_fused_infer_attention_score", num_key_value_heads or num_heads
+    permutation = OUTPUT_LAYOUTS.get(input_layout)
+    layout = input_layout if permutation is None else input_layout.split("_")[0]
+    if permutation is not None:
+        refuse(f"{operator} with input_layout={input_layout}", softmax_lse_flag=softmax_lse_flag)
     refuse(operator, **unsupported)
     _check(operator, layout, sparse_mode, atten_mask, pre_tokens, next_tokens)
     expect((query_rope is None) == (key_rope is None), operator, "query_rope/key_rope", "one of them", "both or none")
@@ -504,6 +511,8 @@ def npu_fused_infer_attention_score(
     seen = _seen(sparse_mode, atten_mask, pre_tokens, next_tokens, lengths, totals)
     out, row_max, row_sum = attend(packed, starts, lengths, keys, values, scale, **seen)
     out = _unpacked(out.to(query.dtype), query, layout)
+    if permutation is not None:
+        out = out.permute(permutation).contiguous()
     if not softmax_lse_flag:
         return out, torch.empty(0)
     lse = torch.where(row_sum > 0, row_max + torch.log(row_sum), torch.inf)
@@ -528,6 +537,28 @@ def npu_fused_infer_attention_score_out(
     if lse.numel():
         out[1].view(lse.shape).copy_(lse)
     return out[0], out[1]
+
+
+def _of_version_1(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of npu_fused_infer_attention_score_v2 under the names that version 1 gives them."""
+    names = {
+        "actual_seq_qlen": "actual_seq_lengths",
+        "actual_seq_kvlen": "actual_seq_lengths_kv",
+        "num_query_heads": "num_heads",
+        "softmax_scale": "scale",
+        "return_softmax_lse": "softmax_lse_flag",
+    }
+    return {names.get(name, name): value for name, value in arguments.items()}
+
+
+def npu_fused_infer_attention_score_v2(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Any:
+    """npu_fused_infer_attention_score with five arguments renamed; its other new ones are about quantised tensors."""
+    return npu_fused_infer_attention_score(query, key, value, **_of_version_1(arguments))
+
+
+def npu_fused_infer_attention_score_v2_out(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Any:
+    """As npu_fused_infer_attention_score_v2, into out = [attention_out, softmax_lse]."""
+    return npu_fused_infer_attention_score_out(query, key, value, **_of_version_1(arguments))
 
 
 def npu_fusion_attention(
