@@ -327,6 +327,8 @@ class Demo:
         }
         arguments = [
             *("--data-parallel-size", str(DP_SIZE), "--enable-expert-parallel", "--api-server-count", "1"),
+            # The engine is its own worker, which is the default of 0.11.0 only; half of the processes.
+            *("--distributed-executor-backend", "uni"),
             *("--max-num-batched-tokens", "64", "--num-gpu-blocks-override", str(DECODE_KV_BLOCKS)),
             *("--additional-config", json.dumps({"recompute_scheduler_enable": True})),
         ]

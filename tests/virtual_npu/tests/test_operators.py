@@ -1238,12 +1238,13 @@ def test_vllm_ascends_own_operators(call: Callable[..., Any]) -> None:
     a, b, out = torch.randn(5, 3, 16).bfloat16(), torch.randn(3, 16, 8).bfloat16(), torch.zeros(5, 3, 8).bfloat16()
     assert call("_C_ascend::batch_matmul_transpose", a, b, out) is None
     close(out / 4, torch.stack([a[:, h].double() @ b[h].double() for h in range(3)], 1) / 4)
-    angles = torch.rand(9, 16)
-    cache = torch.cat((angles.cos(), angles.sin()), 1).half()
-    positions, q, k = torch.tensor([8, 0]), torch.randn(2, 64).half(), torch.randn(2, 32).half()
-    rotated, _ = call("_C_ascend::rotary_embedding", positions, q, k, 32, cache, True)
-    assert rotated.shape == (2, 2, 32)
-    close(rotated[0, 1], _rotate_reference(q[0, 32:], angles[8], True))
+    if call is _call_on_cpu or is_defined("_C_ascend::rotary_embedding"):  # gone in 0.18.0
+        angles = torch.rand(9, 16)
+        cache = torch.cat((angles.cos(), angles.sin()), 1).half()
+        positions, q, k = torch.tensor([8, 0]), torch.randn(2, 64).half(), torch.randn(2, 32).half()
+        rotated, _ = call("_C_ascend::rotary_embedding", positions, q, k, 32, cache, True)
+        assert rotated.shape == (2, 2, 32)
+        close(rotated[0, 1], _rotate_reference(q[0, 32:], angles[8], True))
     ids = torch.tensor([0, 10, 19, 20, 30, 39, 40])
     local, outside = call("_C_ascend::get_masked_input_and_mask", ids, 10, 20, 6, 30, 40)
     assert outside.tolist() == [True, False, False, True, False, False, True]
