@@ -34,6 +34,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "aten::baddbmm.out": linear.into("aten::baddbmm.out", linear.baddbmm),
     "aten::matmul": linear.matmul,
     "aten::matmul.out": linear.into("aten::matmul.out", linear.matmul),
+    "aten::embedding": misc.embedding,
     "aten::sigmoid": linear.sigmoid,
     "aten::silu": linear.silu,
     "atb::_npu_matmul_add_fp32": linear.npu_matmul_add_fp32,

@@ -58,6 +58,19 @@ def npu_top_k_top_p(logits: Tensor, p: Tensor | None = None, k: Tensor | None = 
     return torch.empty_like(values).scatter_(1, order, values).to(logits.dtype)
 
 
+def embedding(
+    weight: Tensor, indices: Tensor, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False
+) -> Tensor:
+    """weight[indices]; id -1 is no row of the table, hardware does not check it and reads some other memory.
+
+    Stock's recompute scheduler marks the drafts that a new request does not have yet by -1, computes such rows and
+    rejects them (0.18.0, TP1). Ones stand for that memory: NaN would spread, as attention weighs a masked value by 0.
+    """
+    missing = indices == -1
+    rows = torch.embedding(weight, indices.masked_fill(missing, 0), padding_idx, scale_grad_by_freq, sparse)
+    return rows.masked_fill_(missing.unsqueeze(-1), 1.0) if missing.any() else rows
+
+
 def get_masked_input_and_mask(
     input: Tensor,
     org_vocab_start_index: int,

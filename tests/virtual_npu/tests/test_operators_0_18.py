@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layouts of two parts, and version 2 of the fused attention, against version 1, which test_operators.py checks."""
+"""What 0.18.0 calls: output layouts and version 2 of the fused attention, against version 1; small operators."""
 
 from __future__ import annotations
 
@@ -120,3 +120,14 @@ def test_top_k_top_p_of_vllm_ascend(call: Callable[..., Any]) -> None:
     logits = torch.tensor([[0.0, 3.0, 1.0, 2.0], [9.0, 1.0, 1.5, 2.0]])
     kept = call("_C_ascend::npu_apply_top_k_top_p", logits, k=torch.tensor([2, 4]), p=torch.tensor([1.0, 0.5]))
     assert (kept > -torch.inf).tolist() == [[False, True, False, True], [True, False, False, False]]
+
+
+def test_the_embedding_of_a_draft_that_does_not_exist_is_arbitrary_but_finite(call: Callable[..., Any]) -> None:
+    weight = torch.randn(5, 8).bfloat16()
+    rows = call("aten::embedding", weight, torch.tensor([4, -1, 0]))
+    same(rows[[0, 2]], weight[[4, 0]])
+    assert rows[1].isfinite().all()
+    assert not (rows[1] == weight).all(1).any()
+    for token in (5, -2):
+        with pytest.raises(IndexError):
+            _call_on_cpu("aten::embedding", weight, torch.tensor([token]))
