@@ -17,6 +17,8 @@ class Stock:
 
     vllm: str
     vllm_ascend: str
+    # Whether the overlay has been run on it. A version that was only read is not patched.
+    has_been_run: bool
     # Stock skips the all_reduce on its own here, on conditions that do not hold on every rank (vllm-ascend#8240,
     # vllm-ascend#13826). In `sync` that is switched off, so a rank without the overlay would be alone with it.
     own_skip: bool
@@ -49,10 +51,11 @@ _RECOMPUTE = frozenset(
     }
 )
 
-_SUPPORTED = (
+_KNOWN = (
     Stock(
         vllm="0.11.0",
         vllm_ascend="0.11.0",
+        has_been_run=True,
         own_skip=False,
         worker_cls="vllm_ascend.worker.worker_v1.NPUWorker",
         schedulers=_VLLM_SCHEDULERS
@@ -70,6 +73,7 @@ _SUPPORTED = (
     Stock(
         vllm="0.12.0",
         vllm_ascend="0.12.0rc1",
+        has_been_run=False,
         own_skip=True,
         worker_cls="vllm_ascend.worker.worker_v1.NPUWorker",
         schedulers=_VLLM_SCHEDULERS | _RECOMPUTE,
@@ -83,6 +87,7 @@ _SUPPORTED = (
     Stock(
         vllm="0.13.0",
         vllm_ascend="0.13.0",
+        has_been_run=False,
         own_skip=True,
         worker_cls="vllm_ascend.worker.worker.NPUWorker",
         schedulers=_VLLM_SCHEDULERS | _RECOMPUTE,
@@ -96,6 +101,7 @@ _SUPPORTED = (
     Stock(
         vllm="0.18.0",
         vllm_ascend="0.18.0",
+        has_been_run=True,
         own_skip=True,
         worker_cls="vllm_ascend.worker.worker.NPUWorker",
         schedulers=_VLLM_SCHEDULERS | _RECOMPUTE,
@@ -109,6 +115,7 @@ _SUPPORTED = (
     Stock(
         vllm="0.23.0",
         vllm_ascend="0.23.0",
+        has_been_run=False,
         own_skip=True,
         worker_cls="vllm_ascend.worker.worker.NPUWorker",
         schedulers=_VLLM_SCHEDULERS | _RECOMPUTE,
@@ -135,14 +142,16 @@ def installed() -> dict[str, str | None]:
 
 def supported() -> str:
     """The supported pairs, for messages and tables."""
-    return ", ".join(f"vllm {entry.vllm} + vllm-ascend {entry.vllm_ascend}" for entry in _SUPPORTED)
+    run = [entry for entry in _KNOWN if entry.has_been_run]
+    return ", ".join(f"vllm {entry.vllm} + vllm-ascend {entry.vllm_ascend}" for entry in run)
 
 
 def find(versions: dict[str, str | None]) -> Stock | None:
     """The entry for the installed pair. Pre-, post- and development releases are other code, hence not supported;
     a local suffix such as `+empty` names a build of the same code, hence ignored."""
-    for entry in _SUPPORTED:
-        if _same(versions.get("vllm"), entry.vllm) and _same(versions.get(VLLM_ASCEND), entry.vllm_ascend):
+    for entry in _KNOWN:
+        same = _same(versions.get("vllm"), entry.vllm) and _same(versions.get(VLLM_ASCEND), entry.vllm_ascend)
+        if entry.has_been_run and same:
             return entry
     return None
 

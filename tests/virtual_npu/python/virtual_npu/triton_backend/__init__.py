@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The NPU as a Triton backend (entry point ``triton.backends``): kernels run in Triton's interpreter, never compiled."""
+"""The NPU as a Triton backend (entry point ``triton.backends``): kernels run in its interpreter, never compiled."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The driver that makes vLLM find exactly one active Triton backend, with the core numbers that vllm-ascend asks for."""
+"""The driver that makes vLLM find exactly one active Triton backend, with the core numbers that stock asks for."""
 
 from __future__ import annotations
 

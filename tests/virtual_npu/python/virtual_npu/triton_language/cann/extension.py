@@ -35,7 +35,8 @@ def extract_slice(ful: tl.tensor, offsets: Sequence[Any], sizes: Sequence[Any], 
     part = ful.handle.data[_region(offsets, sizes, strides)]
     wanted = tuple(_number(size) for size in sizes)
     if part.shape != wanted:
-        raise ValueError(f"virtual NPU: extract_slice: {wanted} at {list(offsets)} is not inside {ful.handle.data.shape}")
+        shape = ful.handle.data.shape
+        raise ValueError(f"virtual NPU: extract_slice: {wanted} at {list(offsets)} is not inside {shape}")
     return _block(part.copy(), ful.dtype)
 
 

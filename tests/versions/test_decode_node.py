@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One decode node of the installed stock version, DP2 EP2 on a virtual A3: stock's own skip, the overlay's, and `sync`.
+
+The requests go straight to the decode node, so each of them is prefilled there, which is what a prompt without remote
+KV does. All figures come from the ledgers of the virtual NPU.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+from demo import Cluster
+from launched_ranks import MAX_NUM_SEQS, RECOMPUTE, Event, Prompt, Server, read_ranks, server, wait_until_idle
+from toy_model import ToyModelShape, write_toy_model
+
+from dp_sync_patch import stock
+
+pytestmark = pytest.mark.timeout(900)
+
+STOCK = stock.require()
+DP2 = ("--data-parallel-size", "2", "--api-server-count", "1", *RECOMPUTE)
+# Stock does not look at it, the overlay refuses: a prompt with images could then not be scheduled in pieces.
+REFUSED = ("--disable-chunked-mm-input",)
+LONG = 40  # tokens of a prompt; one step of it is beyond the MC2 capacity of MAX_NUM_SEQS tokens
+
+
+@dataclass(frozen=True)
+class Run:
+    tokens: list[list[int]]
+    ranks: list[list[Event]]
+    log: str
+
+    def serving(self, rank: int) -> list[Event]:
+        return [event for event in self.ranks[rank] if event.get("step", -1) >= 0]
+
+    def dp_collectives(self, rank: int) -> Counter[int]:
+        """Step -> collectives in the DP group."""
+        return Counter(
+            event["step"]
+            for event in self.serving(rank)
+            if event["ev"] == "collective" and event["group"] in ("dp", "dp:0")
+        )
+
+    def steps(self, rank: int) -> list[int]:
+        return [event["step"] for event in self.serving(rank) if event["ev"] == "step"]
+
+    def dispatches(self, rank: int) -> list[Event]:
+        return [event for event in self.serving(rank) if event["ev"] == "ep" and event["op"] == "dispatch"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_toy_model(tmp_path_factory.mktemp("model"), ToyModelShape())
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[Prompt]:
+    draw = random.Random(5)
+    lengths = ((5, 24), (LONG, 12), (3, 16), (7, 9), (90, 10), (4, 20))
+    return [([draw.randrange(3, 384) for _ in range(length)], count) for length, count in lengths]
+
+
+def run(folder: Path, model: Path, prompts: list[Prompt], arguments: tuple[str, ...], *, overlay: bool = True) -> Run:
+    """One prompt while the other rank is idle, then all of them at once."""
+    node = server(folder, model, [*DP2, *arguments], overlay=overlay)
+    with Cluster() as cluster:
+        cluster.start(node.process)
+        cluster.wait_until_ready({node.process: f"{node.url}/health"})
+        tokens = [node.complete(*prompts[0])]
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            tokens += pool.map(lambda prompt: node.complete(*prompt), prompts)
+        wait_until_idle([node])
+        cluster.check()
+    return Run(tokens, read_ranks([node]), node.log)
+
+
+@pytest.fixture(scope="module")
+def synced(model: Path, prompts: list[Prompt], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return run(tmp_path_factory.mktemp("sync"), model, prompts, REFUSED)
+
+
+@pytest.fixture(scope="module")
+def skipped(model: Path, prompts: list[Prompt], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return run(tmp_path_factory.mktemp("skip"), model, prompts, ())
+
+
+def test_sync_synchronises_every_step_on_every_rank(synced: Run) -> None:
+    assert "DSP121" in synced.log
+    assert "DSP000" not in synced.log
+    for rank in range(2):
+        steps = synced.steps(rank)
+        assert len(steps) > 32
+        assert synced.dp_collectives(rank) == dict.fromkeys(steps, 1)
+
+
+def test_skip_has_no_collective_and_the_same_tokens(synced: Run, skipped: Run) -> None:
+    assert skipped.log.count("DSP000 skip") == 2
+    assert skipped.tokens == synced.tokens
+    for rank in range(2):
+        assert len(skipped.steps(rank)) > 32
+        assert skipped.dp_collectives(rank) == {}
+
+
+def test_skip_is_ragged_with_the_agreed_bound_and_no_mask(skipped: Run) -> None:
+    sizes = [[event["bs"] for event in skipped.dispatches(rank)] for rank in range(2)]
+    assert len(sizes[0]) == len(sizes[1])
+    assert sum(a != b for a, b in zip(*sizes, strict=True)) > 10
+    assert max(max(one) for one in sizes) == MAX_NUM_SEQS  # a long prompt comes in pieces of the bound
+    events = skipped.dispatches(0) + skipped.dispatches(1)
+    assert {event["global_bs"] for event in events} == {2 * MAX_NUM_SEQS}
+    assert not any(event["mask"] for event in events)
+
+
+if STOCK.own_skip:
+
+    def test_stock_skips_by_itself_and_hangs_on_a_long_prompt(
+        model: Path, prompts: list[Prompt], tmp_path: Path
+    ) -> None:
+        """Hazards H2 and H3: stock's condition does not look at what a step can hold (vllm-ascend#8240)."""
+        node = server(tmp_path / "stock", model, DP2, overlay=False, environment={"VIRTUAL_NPU_TIMEOUT_S": "8"})
+        with Cluster() as cluster:
+            cluster.start(node.process)
+            cluster.wait_until_ready({node.process: f"{node.url}/health"})
+            node.complete(*prompts[0])
+            wait_until_idle([node])
+            before = _dp_collectives(node)
+            with pytest.raises(httpx.HTTPError):
+                node.complete(*prompts[1])
+            assert node.ended_within(90)
+        assert before == 0, "stock does not skip here"
+        assert "waits for rank" in node.log
+
+
+def _dp_collectives(node: Server) -> int:
+    """So far, in steps."""
+    events = [json.loads(line) for path in node.ledger.iterdir() for line in path.read_text().splitlines()]
+    return sum(
+        event["ev"] == "collective" and event.get("step", -1) >= 0 and event.get("group") == "dp:0" for event in events
+    )
