@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import sys
@@ -126,6 +127,24 @@ def test_applying_again_changes_nothing(target: Any) -> None:
     for _ in range(3):
         assert not registry.apply("worker", [OWN])
     assert vars(target.Child)["own"] is first
+    assert target.Child().own(1) == 2
+
+
+def test_importing_a_point_may_apply_its_unit(target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker applies the engine's unit as well, and importing the engine core runs the hook that does the same."""
+    registry = Registry()
+    real_import = importlib.import_module
+    fired: list[str] = []
+
+    def import_with_a_hook(name: str) -> Any:
+        if not fired:
+            fired.append(name)
+            assert registry.apply("engine", [OWN])
+        return real_import(name)
+
+    monkeypatch.setattr(importlib, "import_module", import_with_a_hook)
+    assert not registry.apply("engine", [OWN])
+    assert registry.units == {"engine": "applied"}
     assert target.Child().own(1) == 2
 
 
