@@ -19,10 +19,11 @@ def assert_mc2(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...]
     sizes = runtime.skip_sizes
     if sizes is not None and not runtime.in_profile_run and getattr(chosen, "name", None) != "MC2":
         num_tokens = args[0] if args else kwargs["num_tokens"]
+        rank = runtime.dp_rank() if instance is None else instance.dp_rank  # a function has no runner
         metrics.refused()
         raise MC2OnlyError(
             "DSP301",
-            f"DP rank {runtime.dp_rank()}: a step of {num_tokens} tokens would use "
+            f"DP rank {rank}: a step of {num_tokens} tokens would use "
             f"{getattr(chosen, 'name', 'no MoE method')}, but the ranks agreed on MC2 only, with at most "
             f"{sizes.bound} tokens per DP rank",
         )
