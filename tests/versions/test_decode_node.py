@@ -17,7 +17,17 @@ from pathlib import Path
 import httpx
 import pytest
 from demo import Cluster
-from launched_ranks import MAX_NUM_SEQS, RECOMPUTE, Event, Prompt, Server, read_ranks, server, wait_until_idle
+from launched_ranks import (
+    MAX_NUM_SEQS,
+    RECOMPUTE,
+    Event,
+    Prompt,
+    Server,
+    launched_apart,
+    read_ranks,
+    server,
+    wait_until_idle,
+)
 from toy_model import ToyModelShape, write_toy_model
 
 from dp_sync_patch import stock
@@ -136,6 +146,19 @@ if STOCK.own_skip:
             assert node.ended_within(90)
         assert before == 0, "stock does not skip here"
         assert "waits for rank" in node.log
+
+    def test_a_rank_without_the_overlay_stops_the_others(model: Path, tmp_path: Path) -> None:
+        """It would follow stock's skip alone while the others wait for it in the all_reduce."""
+        environment = {"DP_SYNC_PATCH_AGREEMENT_TIMEOUT_S": "20"}
+        servers = launched_apart(
+            tmp_path, model, RECOMPUTE, overlay=[True, False], environments=[environment, environment]
+        )
+        with Cluster() as cluster:
+            for one in servers:
+                cluster.start(one.process)
+            assert servers[0].ended_within(240)
+        assert "AgreementError: DSP202" in servers[0].log
+        assert "rank(s) 1; without the overlay they would skip alone" in servers[0].log
 
 
 def _dp_collectives(node: Server) -> int:
