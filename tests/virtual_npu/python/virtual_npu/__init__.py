@@ -39,11 +39,13 @@ def attach() -> None:
     kernels = _load_kernels()
     kernels.install()
     from virtual_npu import operators, stepping, triton_language
+    from virtual_npu.triton_backend import interpreter
 
     operators.register(kernels.as_cpu, kernels.as_npu)
     stepping.watch()
     wrapt.register_post_import_hook(_build_for_this_device, "vllm_ascend._build_info")
     wrapt.register_post_import_hook(triton_language.extend, "triton.language.extra")
+    wrapt.register_post_import_hook(interpreter.repair, "triton.runtime.interpreter")
 
 
 def _build_for_this_device(build_info: Any) -> None:
