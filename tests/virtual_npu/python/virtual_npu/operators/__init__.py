@@ -88,6 +88,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "npu::npu_fused_infer_attention_score_v2.out": attention.npu_fused_infer_attention_score_v2_out,
     "npu::_npu_fused_infer_attention_score_v2_get_max_workspace": misc.empty_workspace,
     "npu::npu_fusion_attention": attention.npu_fusion_attention,
+    "npu::npu_attention_update": attention.npu_attention_update,
     # the rest
     "npu::npu_format_cast": misc.npu_format_cast,
     "npu::npu_format_cast.Tensor": misc.npu_format_cast_like,
