@@ -28,8 +28,12 @@ def attach() -> None:
         raise RuntimeError(
             f"virtual NPU: TASK_QUEUE_ENABLE={os.environ['TASK_QUEUE_ENABLE']!r} is not supported, allowed: 0"
         )
-    # There is no compiler for NPU kernels, and the interpreter runs them on NPU tensors as they are.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+    from virtual_npu import triton_backend
+
+    with_triton = triton_backend.stands_in()
+    if with_triton:
+        # There is no compiler for NPU kernels, and the interpreter runs them on NPU tensors as they are.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     for library in ["libvirtual_cann.so", "libunemulated.so", *sorted(p.name for p in LIBRARIES.glob("lib*.so"))]:
         # torch_npu's libraries name these in DT_NEEDED; once loaded, the loader matches them by soname.
         ctypes.CDLL(str(LIBRARIES / library), mode=ctypes.RTLD_GLOBAL)
@@ -38,12 +42,17 @@ def attach() -> None:
 
     kernels = _load_kernels()
     kernels.install()
-    from virtual_npu import operators, stepping, triton_language
+    from virtual_npu import operators, stepping
 
     operators.register(kernels.as_cpu, kernels.as_npu)
     stepping.watch()
     wrapt.register_post_import_hook(_build_for_this_device, "vllm_ascend._build_info")
-    wrapt.register_post_import_hook(triton_language.extend, "triton.language.extra")
+    if with_triton:
+        from virtual_npu import triton_language
+        from virtual_npu.triton_backend import interpreter
+
+        wrapt.register_post_import_hook(triton_language.extend, "triton.language.extra")
+        wrapt.register_post_import_hook(interpreter.repair, "triton.runtime.interpreter")
 
 
 def _build_for_this_device(build_info: Any) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import inspect
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +88,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "npu::npu_fused_infer_attention_score_v2.out": attention.npu_fused_infer_attention_score_v2_out,
     "npu::_npu_fused_infer_attention_score_v2_get_max_workspace": misc.empty_workspace,
     "npu::npu_fusion_attention": attention.npu_fusion_attention,
+    "npu::npu_attention_update": attention.npu_attention_update,
     # the rest
     "npu::npu_format_cast": misc.npu_format_cast,
     "npu::npu_format_cast.Tensor": misc.npu_format_cast_like,
@@ -154,6 +156,54 @@ def is_defined(name: str) -> bool:
     return torch._C._get_operation_overload(operator, overload) is not None
 
 
+# torch_npu 2.10 declares the dtypes of quantised operators as integers: c10::ScalarType.
+_SCALAR_TYPES = {
+    **{0: torch.uint8, 1: torch.int8, 2: torch.int16, 3: torch.int32, 4: torch.int64, 11: torch.bool},
+    **{5: torch.float16, 6: torch.float32, 7: torch.float64, 15: torch.bfloat16},
+    **{12: torch.qint8, 13: torch.quint8, 14: torch.qint32},
+}
+
+
+def adapted(name: str) -> Callable[..., Any]:
+    """The table's function behind the installed operator's schema, which differs by version.
+
+    Defaults are the schema's, since the dispatcher leaves out arguments that equal them; an argument that the function
+    does not know is refused unless it has its default; dtypes that the schema declares as integers become dtypes.
+    """
+    function = OPERATORS[name]
+    operator, _, overload = name.partition(".")
+    arguments = torch._C._get_schema(operator, overload).arguments
+    parameters = inspect.signature(function).parameters
+    kinds = {parameter.kind for parameter in parameters.values()}
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
+        return function
+    known = [argument for argument in arguments if argument.name in parameters]
+    defaults = {argument.name: argument.default_value for argument in known if argument.has_default_value()}
+    refused = {argument.name: argument.default_value for argument in arguments if argument.name not in parameters}
+    if inspect.Parameter.VAR_KEYWORD in kinds:
+        refused = {}  # the function refuses them itself
+    dtypes = {
+        argument.name
+        for argument in known
+        if "dtype" in str(parameters[argument.name].annotation) and "ScalarType" not in str(argument.type)
+    }
+    positional = [argument.name for argument in arguments if not argument.kwarg_only]
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(positional, args, strict=False)) | kwargs
+        for argument, default in refused.items():
+            value = given.pop(argument, default)
+            if isinstance(value, Tensor) or value != default:
+                raise NotImplementedError(f"virtual NPU: {name}: {argument}={value} is not emulated")
+        given = defaults | given
+        for argument in dtypes:
+            given[argument] = _SCALAR_TYPES.get(given[argument], given[argument])
+        return function(**given)
+
+    run.__name__ = function.__name__
+    return run
+
+
 def load_vllm_ascend_operators() -> None:
     """Load vllm-ascend's extension, which defines ``_C_ascend``, if vllm-ascend is installed.
 
@@ -184,5 +234,5 @@ def register(as_cpu: Callable[[Tensor], Tensor], as_npu: Callable[[Tensor, Tenso
             namespace, operator = name.split("::")
             if namespace not in _libraries:
                 _libraries[namespace] = Library(namespace, "IMPL")
-            _libraries[namespace].impl(operator, kernel(OPERATORS[name], as_cpu, as_npu), NPU)
+            _libraries[namespace].impl(operator, kernel(adapted(name), as_cpu, as_npu), NPU)
     return names

@@ -615,3 +615,25 @@ def npu_fusion_attention(
         statistics.append(wide.contiguous())
     out = _unpacked(out.to(query.dtype), query, layout)
     return out, statistics[0], statistics[1], torch.empty(0, dtype=query.dtype), 0, 0, 0
+
+
+def npu_attention_update(lse: list[Tensor], local_out: list[Tensor], update_type: int) -> tuple[Tensor, Tensor]:
+    """Joins attention over parts of the keys: lse fp32 [rows] and output [rows, D] of each part.
+
+    A part in which a row sees no key has lse inf, as the fused attention gives it, and does not count. Returns (output
+    in the dtype of the parts, fp32 lse of all parts); update_type 0 leaves the latter out (empty).
+    """
+    operator = "npu_attention_update"
+    expect(update_type in (0, 1), operator, "update_type", update_type, "0 or 1")
+    expect(len(lse) == len(local_out) and 1 <= len(lse) <= 16, operator, "lse", len(lse), "1..16, one per local_out")
+    parts = torch.stack(list(lse))
+    parts = torch.where(parts.isinf(), -torch.inf, parts)
+    joined = torch.logsumexp(parts, 0)
+    weights = torch.where(parts == -torch.inf, 0.0, torch.exp(parts - joined))
+    out = torch.zeros(local_out[0].shape)
+    for weight, part in zip(weights, local_out, strict=True):
+        # A row that saw nothing may hold anything.
+        out += torch.where(weight[:, None] > 0, part.float() * weight[:, None], 0.0)
+    nothing = joined == -torch.inf
+    joined = torch.where(nothing, torch.inf, joined)
+    return out.to(local_out[0].dtype), joined if update_type == 1 else torch.empty(0)

@@ -10,6 +10,8 @@ from typing import Any
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
+from . import stands_in
+
 BACKEND = "npu"
 # As aclGetDeviceCapability says (cann/runtime.cpp).
 CORES = {"num_aicore": 24, "num_vectorcore": 48}
@@ -27,7 +29,7 @@ class VirtualNpuDriver(DriverBase):
     @classmethod
     def is_active(cls) -> bool:
         """Only where the virtual NPU was attached: TORCH_DEVICE_BACKEND_AUTOLOAD=0 gives a process without it."""
-        return "virtual_npu.kernels" in sys.modules
+        return "virtual_npu.kernels" in sys.modules and stands_in()
 
     def map_python_to_cpp_type(self, ty: str) -> str:
         raise NotImplementedError("virtual NPU: Triton kernels are not compiled: TRITON_INTERPRET=1 is needed")
