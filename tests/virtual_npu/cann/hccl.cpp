@@ -22,6 +22,7 @@ const char* HcclGetErrorString(HcclResult code);
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <type_traits>
 
 #include "error.h"
@@ -38,7 +39,8 @@ constexpr uint64_t kTypeBytes[] = {1, 2, 4, 2, 4, 8, 8, 1, 2, 4, 8, 2};
 const char* const kReduceNames[] = {"sum", "prod", "max", "min"};
 
 uint64_t bytes_of(HcclDataType type) {
-    if (type < 0 || type >= HCCL_DATA_TYPE_RESERVED) {
+    // Newer headers know more types (float8 and others) than are emulated here, and end both enumerations at 255.
+    if (type < 0 || static_cast<size_t>(type) >= std::size(kTypeBytes)) {
         throw Failure(HCCL_E_NOT_SUPPORT, "HCCL data type " + std::to_string(type) + " is not emulated");
     }
     return kTypeBytes[type];
@@ -49,7 +51,7 @@ std::string reduce_text(int64_t op) { return op < 0 ? "" : kReduceNames[op]; }
 std::string optional_text(int64_t value) { return value < 0 ? "" : std::to_string(value); }
 
 OpRecord record_of(OpKind kind, int64_t count = -1, int type = -1, int reduce = -1, int64_t root = -1) {
-    if (reduce >= HCCL_REDUCE_RESERVED)
+    if (reduce >= static_cast<int>(std::size(kReduceNames)))
         throw Failure(HCCL_E_PARA, "reduce operation " + std::to_string(reduce) + " is unknown");
     OpRecord record;
     record.kind = kind;
