@@ -8,8 +8,10 @@ its position, the layer and the head, written where the scheduler's block table 
 
 from __future__ import annotations
 
+import inspect
 import os
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,6 @@ from vllm.config import KVTransferConfig, VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
-from vllm.utils import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
@@ -30,6 +31,11 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm_ascend.ascend_config import clear_ascend_config
 from vllm_ascend.core.recompute_scheduler import RecomputeScheduler
+
+try:
+    from vllm.utils.hashing import sha256
+except ImportError:  # 0.11.0
+    from vllm.utils import sha256
 
 BLOCK = 128
 BLOCKS = 12
@@ -76,9 +82,11 @@ class Node:
         config.parallel_config.tensor_parallel_size = tp_size
         producer = config.kv_transfer_config.is_kv_producer
         scheduler_class = Scheduler if producer else RecomputeScheduler
-        self.scheduler = scheduler_class(config, kv_cache_config, StructuredOutputManager(config))
+        newer = {"block_size": BLOCK} if "block_size" in inspect.signature(Scheduler.__init__).parameters else {}
+        self.scheduler = scheduler_class(config, kv_cache_config, StructuredOutputManager(config), **newer)
         self.workers = []
         self.loads: list[Any] = []
+        self.received: Counter[str] = Counter()  # by request: ranks that have its cache
         self.caches = []
         self.heads = []  # of each rank: the numbers of its heads; one head on several ranks is the same on all
         total_heads, head_sizes = LAYOUTS[layout]
@@ -98,17 +106,20 @@ class Node:
         """One engine step with a stand-in for the forward pass. Returns the new tokens."""
         output = self.scheduler.schedule()
         self.loads += output.kv_connector_metadata.loads
-        received: list[set[str]] = []
         for rank, worker in enumerate(self.workers):
             worker.bind_connector_metadata(output.kv_connector_metadata)
             worker.start_load_kv(None)  # type: ignore[arg-type]
             if output.total_num_scheduled_tokens:
                 self.write(rank, output, TARGET_LAYERS)
                 worker.wait_for_save()
-            received.append(worker.get_finished(output.finished_req_ids)[1] or set())
+            self.received.update(worker.get_finished(output.finished_req_ids)[1] or ())
             if output.total_num_scheduled_tokens:
                 self.write(rank, output, (DRAFT_LAYER,))
                 worker.clear_connector_metadata()
+        # Ranks may finish a load in different steps; the engine waits for the last one.
+        received = {req_id for req_id, ranks in self.received.items() if ranks == len(self.workers)}
+        for req_id in received:
+            del self.received[req_id]
         req_ids = list(output.num_scheduled_tokens)
         complete = [self.scheduler.requests[req_id].num_computed_tokens >= self.scheduler.requests[req_id].num_tokens
                     for req_id in req_ids]  # fmt: skip
@@ -120,7 +131,7 @@ class Node:
             logprobs=None,
             prompt_logprobs_dict={},
             pooler_output=[],
-            kv_connector_output=KVConnectorOutput(finished_recving=set.intersection(*received) or None),
+            kv_connector_output=KVConnectorOutput(finished_recving=received or None),
         )
         self.outputs = self.scheduler.update_from_output(output, runner_output)
         self.scheduled = dict(output.num_scheduled_tokens)
