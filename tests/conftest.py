@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The column of the support table that a test counts in goes into pytest's JUnit report, see tests/versions/matrix.py."""
+"""The support table's column that a test counts in goes into the JUnit report, see tests/versions/matrix.py."""
 
 from __future__ import annotations
 

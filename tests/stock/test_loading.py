@@ -147,7 +147,7 @@ patched = type(vars(Early)["token_dispatch"]).__name__
 print(json.dumps({"patched": patched, "count": len(originals), "holders": holders}))
 """
     found, _ = run(code, **STOCK_PLUGINS)
-    assert found == {"patched": "PatchedFunction", "count": 9, "holders": []}
+    assert found == {"patched": "PatchedFunction", "count": 10, "holders": []}
 
 
 def cli(*words: str, **environ: str) -> tuple[int, str, str]:

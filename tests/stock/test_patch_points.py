@@ -135,10 +135,11 @@ for target in TARGETS:
     reinstall(target)
     setattr(owner, attribute, original)
 dp_sync_patch.uninstall()
-owner, attribute = resolve(TARGETS[2])
+changed = next(t for t in TARGETS if "_sync_metadata_across_dp" in t)
+owner, attribute = resolve(changed)
 original = vars(owner)[attribute]
 setattr(owner, attribute, lambda self, num_tokens, with_prefill: (num_tokens, None, with_prefill))
-reinstall(TARGETS[2])
+reinstall(changed)
 setattr(owner, attribute, original)
 dp_sync_patch.uninstall()
 moe_comm_method._MoECommMethods[None] = "the dispatcher of a model that exists"

@@ -76,7 +76,7 @@ def built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_a_development_build_is_refused_unless_the_operator_names_the_release(
     monkeypatch: pytest.MonkeyPatch, built: Path
 ) -> None:
-    with pytest.raises(StandDownError, match="DSP006.*0.23.1.dev0"):
+    with pytest.raises(StandDownError, match=r"DSP006.*0\.23\.1\.dev0"):
         stock.require()
     monkeypatch.setenv("DP_SYNC_PATCH_SAME_AS", "0.23.0")
     assert stock.require().vllm_ascend == "0.23.0"
@@ -88,7 +88,7 @@ def test_the_named_release_has_to_have_the_same_source(monkeypatch: pytest.Monke
     (built / "_version.py").write_text("version = '0.23.1.dev0'\n")  # written by the build
     assert stock.require().vllm_ascend == "0.23.0"
     (built / "runner.py").write_text("def run(): return 1\n")
-    with pytest.raises(StandDownError, match="DSP012.*0.23.1.dev0.*not the source of 0.23.0: fake_ascend/worker"):
+    with pytest.raises(StandDownError, match=r"DSP012.*0\.23\.1\.dev0.*not the source of 0\.23\.0: fake_ascend/worker"):
         stock.require()
     (built / "runner.py").unlink()
     with pytest.raises(StandDownError, match="DSP012"):
@@ -97,8 +97,8 @@ def test_the_named_release_has_to_have_the_same_source(monkeypatch: pytest.Monke
 
 def test_the_named_release_has_to_be_a_supported_one(monkeypatch: pytest.MonkeyPatch, built: Path) -> None:
     monkeypatch.setenv("DP_SYNC_PATCH_SAME_AS", "0.23.1")
-    with pytest.raises(StandDownError, match="DSP006 same_as=0.23.1"):
+    with pytest.raises(StandDownError, match=r"DSP006 same_as=0\.23\.1"):
         stock.require()
     monkeypatch.setenv("DP_SYNC_PATCH_SAME_AS", "newest")
-    with pytest.raises(SettingsError, match="DSP402.*same_as='newest'"):
+    with pytest.raises(SettingsError, match=r"DSP402.*same_as='newest'"):
         stock.require()
