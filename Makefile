@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 STOCK ?= 0.11.0
+NEWEST := 0.23.0
 VENV := build/venv-$(STOCK)
 PY := $(VENV)/bin/python
 TOOLS := build/tools
@@ -10,11 +11,12 @@ UV := $(TOOLS)/bin/uv
 REQUIREMENTS := tests/stock/envs/$(STOCK)
 NPU_SOURCES := $(shell find tests/virtual_npu -type f -not -name '*.md' -not -path '*/tests/*' -not -name '*.pyc')
 
-.PHONY: help setup demo test test-long lint clean
+.PHONY: help setup demo test test-newest test-long matrix lint clean
 help:
 	@echo "make demo   prefill/decode pair over HTTP, stock against overlay; writes build/demo/report.json (ARGS=--help)"
 	@echo "make test   lint, type check and all default tests"
 	@echo "make test-long  the cases that the default run leaves out"
+	@echo "make matrix  all supported stock versions, one after another (about an hour); VERSIONS=\"0.18.0 0.23.0\" for some"
 	@echo "make lint   ruff and mypy only"
 	@echo "make clean  remove build/"
 
@@ -22,10 +24,18 @@ demo: setup
 	$(PY) examples/demo.py $(ARGS)
 
 test: setup lint
-	$(PY) -m pytest tests $(ARGS)
+	$(PY) -m pytest tests --ignore tests/versions $(ARGS)
+	$(MAKE) test-newest STOCK=$(NEWEST)
+
+# The quick part of what `make matrix` runs on a version.
+test-newest: setup
+	$(PY) -m pytest tests/versions tests/unit
 
 test-long: setup
 	$(PY) -m pytest tests -m long $(ARGS)
+
+matrix: setup
+	$(PY) tests/versions/matrix.py $(VERSIONS)
 
 lint: $(VENV)/.stock
 	$(PY) -m ruff check .

@@ -38,7 +38,7 @@ def import_stock() -> None:
     Raises:
         StockImportError: one line with the package that fails and the cause.
     """
-    entry = stock.find(stock.installed())
+    entry = stock.current()
     # Through the worker, as vLLM does it: 0.23.0's model runner alone meets a circular import.
     first = [entry.worker_cls.rpartition(".")[0]] if entry else []
     try:

@@ -37,7 +37,7 @@ def describe(environ: Mapping[str, str] | None = None) -> dict[str, Any]:
     return {
         "versions": {name: _version(name) for name in (DISTRIBUTION, *_PACKAGES)},
         "supported": stock.supported(),
-        "stock_supported": stock.find(stock.installed()) is not None,
+        "stock_supported": stock.current() is not None,
         "entry_points": {
             group: {entry.name: entry.value for entry in metadata.entry_points(group=group)}
             for group in (plugin.GENERAL_GROUP, plugin.PLATFORM_GROUP)

@@ -134,16 +134,18 @@ def read(
 
     def variables(*names: str) -> list[str]:
         # Stock reads some of these as numbers and some as "true"; everything that is not plainly off counts as on.
-        return [name for name in names if environ.get(name, "").strip().lower() not in ("", "0", "false")]
+        set_ = [name for name in names if environ.get(name, "").strip().lower() not in ("", "0", "false")]
+        return list(filter(stock.reads, set_))
 
     def options(*names: str, group: str = "") -> list[str]:
         values = (additional.get(group) or {}) if group else additional
-        return [".".join(filter(None, ("additional_config", group, name))) for name in names if values.get(name)]
+        set_ = [name for name in names if values.get(name) and stock.reads(name) and stock.reads(group)]
+        return [".".join(filter(None, ("additional_config", group, name))) for name in set_]
 
     def tensor_parallel(name: str) -> int:
         # Flat keys on 0.11.0, one group of them later.
-        fine = additional.get("finegrained_tp_config") or {}
-        return additional.get(name) or fine.get(name) or 1
+        fine = "finegrained_tp_config"
+        return ((additional.get(fine) or {}) if stock.reads(fine) else additional).get(name) or 1
 
     def when(condition: Any, name: str) -> list[str]:
         return [name] if condition else []

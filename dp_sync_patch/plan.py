@@ -300,7 +300,8 @@ RULES: tuple[Rule, ...] = (
           lambda f, s: "chunked prefill off or multimodal input not split", "chunked prefill of every input",
           "--enable-chunked-prefill without --disable-chunked-mm-input"),
     _rule("DSP122", "ranks may run different graph modes in one step", lambda f, s: not f.separate_routines,
-          lambda f, s: f.graph_mode, "PIECEWISE or --enforce-eager",
+          lambda f, s: f.graph_mode, "one graph routine for every batch, or none",
+          lambda f, s: "--enforce-eager" if not f.graph_mode_known else
           "--compilation-config '{\"cudagraph_mode\": \"PIECEWISE\"}' or --enforce-eager"),
     _rule("DSP123", "steps above the largest graph run eager, others as a graph",
           lambda f, s: f.graph_mode == "NONE" or s.token_budget <= max(s.capture_sizes, default=0),

@@ -339,12 +339,11 @@ def status() -> dict[str, Any]:
 
     configured = _latched.settings if _latched is not None else settings.load()
     sources = dict(configured.sources)
-    versions = stock.installed()
     result: dict[str, Any] = {
         "pid": os.getpid(),
-        "stock": versions,
+        "stock": stock.installed(),
         "supported": stock.supported(),
-        "stock_supported": stock.find(versions) is not None,
+        "stock_supported": stock.current() is not None,
         "settings": {name: {"value": value, "source": sources[name]} for name, value in configured.values().items()},
         "units": {unit: registry.units.get(unit, "waiting for " + module) for unit, module in TRIGGERS.items()},
         "points": registry.describe(),

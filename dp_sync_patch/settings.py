@@ -6,6 +6,7 @@ Both channels are validated in full; an unknown name is an error, so that a typo
 
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -38,6 +39,12 @@ def _seconds(value: Any) -> float:
     return seconds
 
 
+def _release(value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"none|\d+\.\d+\.\d+(rc\d+)?", value):
+        raise ValueError("none, or a release of vllm-ascend such as 0.23.0")
+    return value
+
+
 _PARSERS: dict[str, Callable[[Any], Any]] = {
     # auto: skip where it is proven safe. off: stock; the environment patches nothing, additional_config is known
     # too late for that, so the wrappers pass everything through. require: refuse to start when the skip cannot be on.
@@ -48,9 +55,11 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "agreement_timeout_s": _seconds,
     # on: VLLM_PLUGINS=dp_sync_patch still loads the plugins of vllm-ascend; off: plain filtering as in vLLM.
     "delegate_plugins": _choice("on", "off"),
+    # A release of vllm-ascend that the installed build, of another version, has the source of. It is checked.
+    "same_as": _release,
 }
 # Needed before a VllmConfig exists.
-_ENVIRONMENT_ONLY = frozenset({"delegate_plugins"})
+_ENVIRONMENT_ONLY = frozenset({"delegate_plugins", "same_as"})
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,7 @@ class Settings:
     graph_mode: str = "refuse"
     agreement_timeout_s: float = 120.0
     delegate_plugins: str = "on"
+    same_as: str = "none"
     sources: tuple[tuple[str, str], ...] = tuple((name, "default") for name in _PARSERS)
 
     def values(self) -> dict[str, Any]:

@@ -39,7 +39,7 @@ runner = object.__new__(NPUModelRunner)
 runner.vllm_config = stock_checks.engine_config(folder)
 runner.parallel_config = runner.vllm_config.parallel_config
 runner.dp_size, runner.dp_rank, runner.mc2_tokens_capacity = 4, 1, 16
-runner.in_profile_run = runner.use_aclgraph = False
+runner.use_aclgraph = False
 sync = runner._sync_metadata_across_dp
 
 runtime.skip_sizes = stock_checks._SKIP
@@ -48,10 +48,10 @@ counted("keyword", lambda: sync(num_tokens=3, with_prefill=True, enable_dbo=Fals
 counted("at the bound", lambda: sync(16, False, False))
 counted("above the bound", lambda: sync(17, False, False))
 counted("DSP301", lambda: runner._select_moe_comm_method(17, False))
-runner.in_profile_run, runner.dp_size = True, 1  # alone, stock has no peers to ask
+runtime.in_profile_run, runner.dp_size = True, 1  # alone, stock has no peers to ask
 counted("profile run", lambda: sync(3, False, False))
 counted("selector in a profile run", lambda: runner._select_moe_comm_method(17, False))
-runner.in_profile_run, runner.dp_size = False, 4
+runtime.in_profile_run, runner.dp_size = False, 4
 
 dispatcher = object.__new__(TokenDispatcherWithMC2)
 dispatcher.__dict__.update(

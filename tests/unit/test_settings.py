@@ -18,6 +18,7 @@ def test_defaults() -> None:
         "graph_mode": "refuse",
         "agreement_timeout_s": 120.0,
         "delegate_plugins": "on",
+        "same_as": "none",
     }
 
 

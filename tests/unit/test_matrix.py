@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The support table in README belongs to the last matrix run, and that run to what the overlay says today."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matrix
+import pytest
+
+from dp_sync_patch import stock
+
+RESULTS = matrix.load(matrix.RESULT)
+REQUIRED = ("skip proven", "refusals", "checks", "virtual NPU")
+
+
+def test_readme_has_the_table_of_the_last_run() -> None:
+    readme = matrix.README.read_text()
+    assert readme.count(matrix.BEGIN) == readme.count(matrix.END) == 1
+    assert readme == matrix.with_table(readme, matrix.table(RESULTS, matrix.load(matrix.NEWER)))
+
+
+@pytest.mark.parametrize("entry", [entry for entry in stock.KNOWN if entry.has_been_run], ids=lambda e: e.vllm_ascend)
+def test_a_supported_version_passed_as_it_is_described_today(entry: stock.Stock) -> None:
+    found = RESULTS[entry.vllm_ascend]
+    assert found["fingerprint"] == matrix.fingerprint(entry), "changed since: make matrix " + entry.vllm_ascend
+    assert not any(counts.get("failed") for counts in found["columns"].values())
+    required = (*REQUIRED, "hazards shown") if entry.own_skip else REQUIRED
+    assert [name for name in required if not found["columns"].get(name, {}).get("passed")] == []
+
+
+def test_a_changed_row_or_signature_is_noticed() -> None:
+    entry = stock.KNOWN[-1]
+    assert matrix.fingerprint(entry) == matrix.fingerprint(entry)
+    prints = {matrix.fingerprint(one) for one in (*stock.KNOWN, stock.replace(entry, a2_max_local_experts=25))}
+    assert len(prints) == len(stock.KNOWN) + 1
+
+
+def test_the_report_of_pytest_is_read_by_column(tmp_path: Path) -> None:
+    report = tmp_path / "report.xml"
+    report.write_text(
+        """<testsuites><testsuite>
+        <testcase classname="tests.versions.test_decode_node" name="a"><properties>
+          <property name="column" value="skip proven"/></properties></testcase>
+        <testcase classname="tests.virtual_npu.tests.test_hccl" name="b"><failure/></testcase>
+        <testcase classname="tests.virtual_npu.tests.test_hccl" name="c"/>
+        <testcase classname="tests.stock.test_plugins" name="d"><skipped/></testcase>
+        </testsuite></testsuites>"""
+    )
+    found = matrix.read_junit(report)
+    assert found == {
+        "skip proven": {"passed": 1},
+        "virtual NPU": {"passed": 1, "failed": 1},
+        "checks": {"failed": 1},
+    }
+    text = matrix.table({"0.18.0": {"columns": found, "date": "2026-01-02"}}, [])
+    (row,) = [line for line in text.splitlines() if line.startswith("| 0.18.0 ")]
+    assert row.split(" | ")[2:] == ["1 passed", "-", "-", "-", "**1 of 1 failed**", "**1 of 2 failed**", "2026-01-02 |"]
+    assert "| 0.23.0 | 0.23.0 | - | - | - | - | - | - | not run |" in text

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make matrix`: every supported stock version in an environment of its own, one after another, and the table of it.
+
+The result of the last run of each version is kept in last_matrix.json; README's support table is made from that, from
+`dp_sync_patch.stock` and from known_sources.json. tests/unit fails when one of them is older than the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from dp_sync_patch import stock
+from dp_sync_patch.patches import TRIGGERS, points_of
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULT = Path(__file__).with_name("last_matrix.json")
+NEWER = Path(__file__).with_name("known_sources.json")
+README = ROOT / "README.md"
+BEGIN, END = "<!-- support table: make matrix -->\n", "<!-- end of support table -->\n"
+
+COLUMNS = ("skip proven", "hazards shown", "refusals", "drafts", "checks", "virtual NPU")
+# Where a test does not name its column by the marker.
+_FOLDERS = {"tests.virtual_npu": "virtual NPU", "tests.unit": "checks", "tests.stock": "checks"}
+# tests/serve is about 0.11.0 alone; what of tests/stock is, its conftest.py knows.
+_EVERYWHERE = (
+    "tests/versions",
+    "tests/stock",
+    "tests/virtual_npu",
+    "tests/unit",
+)
+
+
+def fingerprint(entry: stock.Stock) -> str:
+    """Of what the overlay says about a version: the row in stock.py, and the patch points with their signatures."""
+    points = [
+        (point.target, point.signature, point.wrapper.__name__)
+        for unit in TRIGGERS
+        for point in points_of(unit, entry.vllm_ascend)
+    ]
+    row = [(name, sorted(value) if isinstance(value, frozenset) else value) for name, value in vars(entry).items()]
+    return hashlib.sha256(json.dumps([row, points]).encode()).hexdigest()[:16]
+
+
+def table(results: dict[str, Any], newer: list[dict[str, Any]]) -> str:
+    """In Markdown. A cell is what passed, or what failed of how many; a dash: no such test for this version."""
+    head = ("vllm-ascend", "vllm", *COLUMNS, "last run")
+    rows = [head, ("---",) * len(head)]
+    for entry in stock.KNOWN:
+        found = results.get(entry.vllm_ascend, {"columns": {}, "date": "not run"})
+        cells = (_cell(found["columns"].get(name)) for name in COLUMNS)
+        rows.append((entry.vllm_ascend, entry.vllm, *cells, found["date"]))
+    for source in newer:
+        cells = [source["verdict"], *("-" for _ in COLUMNS[1:])]
+        rows.append((source["version"], source["vllm"], *cells, "source only"))
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _cell(counts: dict[str, int] | None) -> str:
+    if not counts:
+        return "-"
+    passed, failed = counts.get("passed", 0), counts.get("failed", 0)
+    return f"{passed} passed" if not failed else f"**{failed} of {passed + failed} failed**"
+
+
+def read_junit(path: Path) -> dict[str, Counter[str]]:
+    """Column -> how many passed, failed. A skipped test counts as failed: nothing here may be skipped unseen."""
+    found: dict[str, Counter[str]] = {}
+    for case in ElementTree.parse(path).getroot().iter("testcase"):
+        named = [prop.get("value", "") for prop in case.iter("property") if prop.get("name") == "column"]
+        module = case.get("classname", "")
+        default = next((name for folder, name in _FOLDERS.items() if module.startswith(folder)), "checks")
+        good = all(case.find(bad) is None for bad in ("failure", "error", "skipped"))
+        found.setdefault(named[0] if named else default, Counter())["passed" if good else "failed"] += 1
+    return found
+
+
+def run(version: str, arguments: list[str]) -> dict[str, Any]:
+    """Sets the environment up and runs everything that applies; the output of pytest passes through."""
+    subprocess.run(["make", "setup", f"STOCK={version}"], cwd=ROOT, check=True)
+    report = ROOT / "build" / "matrix" / f"{version}.xml"
+    report.parent.mkdir(parents=True, exist_ok=True)
+    report.unlink(missing_ok=True)
+    began = time.monotonic()
+    targets = ("tests",) if version == stock.KNOWN[0].vllm_ascend else _EVERYWHERE
+    python = ROOT / "build" / f"venv-{version}" / "bin" / "python"
+    # What judges the result of this run cannot be part of it.
+    targets = (*targets, "--ignore", "tests/unit/test_matrix.py")
+    command = [str(python), "-m", "pytest", *targets, "-m", "not long", f"--junitxml={report}", *arguments]
+    code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    if not report.exists():
+        raise SystemExit(f"{version}: pytest left no report (exit status {code})")
+    entry = next(entry for entry in stock.KNOWN if entry.vllm_ascend == version)
+    return {
+        "columns": read_junit(report),
+        "date": date.today().isoformat(),
+        "minutes": round((time.monotonic() - began) / 60, 1),
+        "fingerprint": fingerprint(entry),
+    }
+
+
+def load(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def with_table(readme: str, text: str) -> str:
+    """README with the table between its two marks."""
+    return re.sub(f"(?<={re.escape(BEGIN)}).*(?={re.escape(END)})", lambda _: text, readme, flags=re.DOTALL)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("versions", nargs="*", help="vllm-ascend versions (all supported ones by default)")
+    parser.add_argument("--pytest", nargs=argparse.REMAINDER, default=[], help="further arguments of pytest")
+    options = parser.parse_args()
+    known = [entry.vllm_ascend for entry in stock.KNOWN]
+    if unknown := set(options.versions) - set(known):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+    good = True
+    for version in options.versions or known:
+        result = run(version, options.pytest)
+        good &= not any(counts["failed"] for counts in result["columns"].values())
+        results = load(RESULT) | {version: result}
+        RESULT.write_text(json.dumps({name: results[name] for name in known if name in results}, indent=2) + "\n")
+        text = table(results, load(NEWER))
+        README.write_text(with_table(README.read_text(), text))
+        print(text, flush=True)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
