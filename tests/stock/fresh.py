@@ -100,8 +100,10 @@ class _Server:
             request = {"code": code, "environ": environ, "cwd": os.getcwd(), "stdout": str(out), "stderr": str(err)}
             assert self._process.stdin is not None
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            child = self._answer(300)  # the third-party imports of a machine that does something else
-            assert child is not None, "the fork server does not answer"
+            child = self._answer(900)  # imports first, on a machine that may have other things to do
+            if child is None:
+                self._process.kill()  # a late answer would be taken for that to the next request
+                raise TimeoutError("the fork server does not answer")
             returncode = self._answer(timeout)
             if returncode is None:
                 os.killpg(child, signal.SIGKILL)

@@ -15,7 +15,7 @@ from fresh import environment, run, run_after_stock
 from this_stock import CONNECTOR, SYNC, TARGETS, VERSION
 from toy_configs import MOE
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1200)
 
 # The process that has imported stock did that without the overlay.
 _LOAD_ALL = """

@@ -13,7 +13,7 @@ import pytest
 from fresh import PROJECT, environment, interpreter, run, run_after_stock
 from this_stock import IMPORTABLE_FIRST, PRELUDE, STOCK_PLUGINS, SYNC, TARGETS
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1200)
 
 
 @pytest.mark.parametrize("module", IMPORTABLE_FIRST)

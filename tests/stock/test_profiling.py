@@ -16,7 +16,7 @@ import pytest
 from fresh import PROJECT, run
 from this_stock import PRELUDE, SYNC, TARGETS
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1200)
 
 _UV = PROJECT / "build" / "tools" / "bin" / "uv"
 _REQUIREMENTS = PROJECT / "tests" / "stock" / "envs" / "msserviceprofiler.txt"

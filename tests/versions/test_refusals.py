@@ -17,7 +17,7 @@ from packaging.specifiers import SpecifierSet
 from this_stock import CONNECTOR, VERSION
 from toy_configs import DEEPSEEK_V3, DENSE, MOE
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 _CONSUMER = {"kv_connector": CONNECTOR, "kv_role": "kv_consumer"}
 _BASE: dict[str, Any] = {
