@@ -76,7 +76,7 @@ def interpreter(code: str, timeout: float = 500, **environ: str) -> Any:
 def _result(returncode: int, stdout: str, stderr: str) -> Any:
     assert returncode == 0, f"ended with {returncode}\n{stdout[-4000:]}\n{stderr[-8000:]}"
     lines = stdout.splitlines()
-    return json.loads(lines[-1]), "\n".join(lines[:-1]) + stderr
+    return json.loads(lines[-1]), "\n".join([*lines[:-1], stderr])
 
 
 class _Server:

@@ -73,6 +73,11 @@ def drafts(count: int) -> dict[str, Any]:
 
 
 _DEEPSEEK: dict[str, Any] = {"model": "deepseek", "environ": {"HCCL_BUFFSIZE": "8192"}}
+_TP2 = {"--tensor-parallel-size": 2}
+# With KV transfer stock wants whole blocks on each of these ranks.
+_INTERLEAVE = {"--cp-kv-cache-interleave-size": 128}
+_DCP = {"--decode-context-parallel-size": 2, "--tensor-parallel-size": 4, **_INTERLEAVE}
+_PCP = {"--prefill-context-parallel-size": 2, **_INTERLEAVE}
 _INTRA = {"HCCL_INTRA_PCIE_ENABLE": "1", "HCCL_INTRA_ROCE_ENABLE": "0"}
 
 # fmt: off
@@ -117,8 +122,10 @@ CASES = [case for case in (
          flags={"--worker-cls": "vllm_ascend._310p.worker_310p.NPUWorker310"}),
     Case("a foreign worker", ("DSP130",), found="my.Worker", flags={"--worker-cls": "my.Worker"}),
     Case("shared-expert DP", ("DSP131",), additional={"enable_shared_expert_dp": True}),
-    Case("field case 13: FlashComm by environment", ("DSP132",), environ={"VLLM_ASCEND_ENABLE_FLASHCOMM1": "1"}),
-    Case("field case 13: FlashComm by option", ("DSP132",), ">=0.23.0", additional={"enable_flashcomm1": True}),
+    Case("field case 13: FlashComm by environment", ("DSP132",), flags=_TP2,
+         environ={"VLLM_ASCEND_ENABLE_FLASHCOMM1": "1"}),
+    Case("field case 13: FlashComm by option", ("DSP132",), ">=0.23.0", flags=_TP2,
+         additional={"enable_flashcomm1": True}),
     Case("field case 12: LM-head TP", ("DSP133",), found="2", additional=fine_tp("lmhead")),
     Case("field case 12: o_proj TP", ("DSP134",), found="2", drop=_GRAPHS, additional=fine_tp("oproj"),
          flags=captures(1, 2, 4, 8, 16, mode="FULL_DECODE_ONLY")),
@@ -127,21 +134,22 @@ CASES = [case for case in (
          additional={"dynamic_eplb": True}, environ={"DYNAMIC_EPLB": "true"}),
     Case("EPLB by group", ("DSP137",), found="eplb_config", versions=">=0.13.0",
          additional={"eplb_config": {"dynamic_eplb": True}}, environ={"DYNAMIC_EPLB": "true"}),
-    Case("vLLM's EPLB", ("DSP137",), found="--enable-eplb", flags={"--enable-eplb": None}),
+    Case("vLLM's EPLB", stock="load balancing is only supported on CUDA", flags={"--enable-eplb": None}),
     Case("LoRA", ("DSP138",), flags={"--enable-lora": None}),
     Case("pipeline parallelism", ("DSP139",), found="2", flags={"--pipeline-parallel-size": 2}),
-    Case("decode context parallelism", ("DSP140",), found="decode 2",
-         flags={"--decode-context-parallel-size": 2, "--tensor-parallel-size": 4}),
-    Case("prefill context parallelism", ("DSP140",), found="prefill 2",
-         flags={"--prefill-context-parallel-size": 2}),
+    Case("decode context parallelism", ("DSP140",), found="decode 2", flags=_DCP),
+    Case("prefill context parallelism", ("DSP140",), "<0.23.0", found="prefill 2", flags=_PCP),
+    Case("prefill context parallelism on later versions", versions=">=0.23.0", flags=_PCP,
+         stock="PCP (Prefill Context Parallelism) and DP (Data Parallelism) cannot be enabled simultaneously"),
     Case("a speculative method that is not known", ("DSP141",), found="ngram",
          flags={"--speculative-config": {"method": "ngram", "num_speculative_tokens": 1, "prompt_lookup_max": 4}}),
     Case("one draft", flags=drafts(1), **_DEEPSEEK),
     Case("two drafts", ("DSP142",), "<0.18.0", found="2", flags=drafts(2), **_DEEPSEEK),
     Case("two drafts on later versions", versions=">=0.18.0", flags=drafts(2), **_DEEPSEEK),
     Case("embedding TP", ("DSP143",), additional=fine_tp("embedding")),
-    Case("o_lora TP", ("DSP143",), ">=0.23.0", additional=fine_tp("olora")),
-    Case("FlashComm2", ("DSP144",), environ={"VLLM_ASCEND_FLASHCOMM2_PARALLEL_SIZE": "1"}),
+    Case("o_lora TP", ("DSP143",), ">=0.23.0", drop=_GRAPHS, additional=fine_tp("olora"),
+         flags=captures(1, 2, 4, 8, 16, mode="FULL_DECODE_ONLY")),
+    Case("FlashComm2", ("DSP144",), flags=_TP2, environ={"VLLM_ASCEND_FLASHCOMM2_PARALLEL_SIZE": "1"}),
     Case("field case 07: balance scheduling", ("DSP145",), "==0.13.0", environ={"VLLM_ASCEND_BALANCE_SCHEDULING": "1"}),
     Case("field case 07: balance scheduling on later versions", versions=">=0.18.0",
          stock="only supports PD-mixed mode", environ={"VLLM_ASCEND_BALANCE_SCHEDULING": "1"}),
