@@ -42,7 +42,7 @@ _PASSES = {
 }
 
 
-def _config(folder: str, **additional: Any) -> Any:
+def _config(folder: str, *switches: str, **additional: Any) -> Any:
     model = Path(folder) / "moe"
     model.mkdir(exist_ok=True)
     (model / "config.json").write_text(json.dumps(MOE))
@@ -56,6 +56,7 @@ def _config(folder: str, **additional: Any) -> Any:
         "--skip-tokenizer-init": None,
         "--kv-transfer-config": {"kv_connector": CONNECTOR, "kv_role": "kv_consumer"},
         "--additional-config": {"recompute_scheduler_enable": True, **additional},
+        **dict.fromkeys(switches),
     }
     return command_line._vllm_config(*command_line.prepare(serve(model, flags, {})))
 
@@ -68,12 +69,12 @@ def _runner(config: Any) -> Any:
     return runner
 
 
-def _latched(folder: str, *, peer: bool, **additional: Any) -> Any:
+def _latched(folder: str, *switches: str, peer: bool, **additional: Any) -> Any:
     """A runner after the first round, in a process that counts as rank 0 of two; `peer`: rank 1 says the same."""
     store = HashStore()
     runtime._store = lambda: store
     runtime._process_group = lambda: (0, 2)
-    config = _config(folder, **additional)
+    config = _config(folder, *switches, **additional)
     runner = _runner(config)
     capacity = command_line.mc2_tokens_capacity(config)
     if peer:
@@ -123,7 +124,7 @@ def passes(folder: str) -> dict[str, Any]:
 
 def synced(folder: str) -> dict[str, Any]:
     """A pass in `sync`, where stock by itself would skip."""
-    runner = _latched(folder, peer=True, enable_shared_expert_dp=True)
+    runner = _latched(folder, "--disable-chunked-mm-input", peer=True)
     return {
         "state": dp_sync_patch.status()["state"],
         "reasons": dp_sync_patch.status()["reasons"],
