@@ -22,6 +22,7 @@ from typing import Any
 import dp_sync_patch
 from dp_sync_patch import command_line, environment
 from dp_sync_patch.errors import DpSyncPatchError
+from dp_sync_patch.patches import CHANGED, WRAPPED
 
 OK, NOT_OK, UNKNOWN = 0, 1, 2
 
@@ -111,6 +112,9 @@ def _patch_problems(process: dict[str, Any]) -> Iterator[str]:
         yield "DSP005 switched off by its own setting: mode=off, nothing is patched"
         return
     yield from (f"unit {unit}: {state}" for unit, state in process["units"].items() if state != "applied")
+    states = {point["state"] for point in process["points"]}
+    if WRAPPED in states and CHANGED not in states:
+        return  # nothing wrong with that, but what is below cannot be taken out
     try:
         dp_sync_patch.uninstall()
     except DpSyncPatchError as error:

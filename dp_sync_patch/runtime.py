@@ -22,7 +22,7 @@ from dp_sync_patch.errors import (
     logger,
 )
 from dp_sync_patch.facts import Facts
-from dp_sync_patch.patches import TRIGGERS, points_of, registry
+from dp_sync_patch.patches import STAND_INS, TRIGGERS, points_of, registry
 from dp_sync_patch.plan import Plan, Refusal, Sizes, State, concerns, make_plan
 from dp_sync_patch.settings import Settings
 
@@ -59,17 +59,22 @@ def install() -> None:
         return
     _armed = True
     for unit, name in TRIGGERS.items():
-        module = sys.modules.get(name)
-        if getattr(getattr(module, "__spec__", None), "_initializing", False):
+        if _is_half_made(name):
             # vLLM resolves its platform, and so imports us, in the middle of many imports. A hook would run at once
             # on the half-made module; `register` comes back when it is complete.
             continue
         if unit not in _hooked:
             _hooked.add(unit)
-            wrapt.register_post_import_hook(partial(_on_import, unit), name)
+            for each in (name, *STAND_INS[unit]):
+                if not _is_half_made(each):
+                    wrapt.register_post_import_hook(partial(_on_import, unit), each)
         # A second install after uninstall() has no import to wait for.
-        elif registry.units.get(unit) is None and module is not None:
+        elif registry.units.get(unit) is None and name in sys.modules:
             _on_import(unit)
+
+
+def _is_half_made(module: str) -> bool:
+    return bool(getattr(getattr(sys.modules.get(module), "__spec__", None), "_initializing", False))
 
 
 def _on_import(unit: str, _module: object = None) -> None:
@@ -231,7 +236,7 @@ def _not_intact() -> list[Refusal]:
     """Stock's own worker patches run after ours; whatever they replaced is no longer under our control."""
     return [
         Refusal("DSP009", f"{target} was replaced after it was patched", "another object", "our wrapper", "")
-        for target in registry.foreign()
+        for target in registry.foreign(wrapped_too=False)
     ]
 
 

@@ -18,6 +18,8 @@ from packaging.specifiers import SpecifierSet
 
 from dp_sync_patch.errors import ForeignWrapperError, StandDownError, logger
 
+# States of a point. Somebody who wraps ours and calls through, as profilers do, takes nothing away.
+APPLIED, WRAPPED, CHANGED = "applied", "applied, wrapped by somebody else", "changed by somebody else"
 Wrapper = Callable[[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any]
 
 
@@ -134,12 +136,13 @@ class Registry:
             self.units[unit] = "applied"
             return True
 
-    def foreign(self, unit: str | None = None) -> list[str]:
-        """Targets whose attribute is no longer our wrapper."""
+    def foreign(self, *, wrapped_too: bool = True) -> list[str]:
+        """Targets whose attribute is no longer our wrapper; without those where calls still reach it if told so."""
+        found = [(entry, vars(entry.parent).get(entry.attribute)) for entry in self._applied]
         return [
             entry.point.target
-            for entry in self._applied
-            if unit in (None, entry.point.unit) and vars(entry.parent).get(entry.attribute) is not entry.wrapper
+            for entry, now in found
+            if now is not entry.wrapper and (wrapped_too or not _leads_to(now, entry.wrapper))
         ]
 
     def undo(self) -> int:
@@ -159,12 +162,13 @@ class Registry:
 
     def describe(self) -> list[dict[str, Any]]:
         """The applied points with their documentation, for `status`."""
-        changed = set(self.foreign())
+        states = dict.fromkeys(self.foreign(), WRAPPED)
+        states |= dict.fromkeys(self.foreign(wrapped_too=False), CHANGED)
         return [
             {
                 "target": entry.point.target,
                 "unit": entry.point.unit,
-                "state": "changed by somebody else" if entry.point.target in changed else "applied",
+                "state": states.get(entry.point.target, APPLIED),
                 "why": entry.point.why,
                 "how": entry.point.how,
                 "upstream": entry.point.upstream,
@@ -190,13 +194,21 @@ def _verify(point: PatchPoint) -> _Applied:
         raise StandDownError("DSP007", f"{point.target} does not exist: {error}") from None
     if getattr(original, "_self_dp_sync_patch", False):
         raise StandDownError("DSP007", f"{point.target} is patched already, by another copy of the overlay")
+    if attribute not in vars(parent):
+        # A base class may have a method of the same name and signature: not what was recorded.
+        raise StandDownError("DSP007", f"{point.target} does not exist: the name is inherited from a base class")
     found = describe(original)
     if found != point.signature:
         raise StandDownError("DSP007", f"{point.target} takes {found} instead of {point.signature}")
-    if attribute not in vars(parent):
-        # A base class may have an abstract method of the same name and signature: not what was recorded.
-        raise StandDownError("DSP007", f"{point.target} does not exist: the name is inherited from a base class")
     return _Applied(point, parent, attribute, original, PatchedFunction(original, point.wrapper))
+
+
+def _leads_to(found: Any, wrapper: PatchedFunction) -> bool:
+    """Whether calls of `found` get to `wrapper`, as far as one can see: profilers wrap like functools.wraps does."""
+    while found is not None and found is not wrapper:
+        # What a class hands out is wrapt's bound form of a wrapper, with the original below it.
+        found = wrapper if getattr(found, "_self_parent", None) is wrapper else getattr(found, "__wrapped__", None)
+    return found is wrapper
 
 
 def _restore(entry: _Applied) -> None:
@@ -209,6 +221,12 @@ registry = Registry()
 TRIGGERS = {
     "worker": "vllm_ascend.worker.model_runner_v1",
     "engine": "vllm.v1.engine.core",
+}
+# Modules that have imported the one above when they are complete. They stand in for it where an import finder that was
+# put before wrapt's keeps it to itself, as that of msserviceprofiler does with the modules that it profiles.
+STAND_INS = {
+    "worker": ("vllm_ascend.worker.worker", "vllm_ascend.worker.worker_v1"),
+    "engine": ("vllm.v1.engine.core_client",),
 }
 
 

@@ -7,14 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fresh import run
+from fresh import run_after_stock
 
 _RUN = """
 import json, os, sys, tempfile
 
 # What every command line needs, once; the children only read it.
 import vllm.entrypoints.cli.serve
-import vllm_ascend.worker.model_runner_v1
 from vllm.ray.lazy_utils import is_ray_initialized
 
 is_ray_initialized()
@@ -43,5 +42,17 @@ def explain_all(folder: Path, commands: list[tuple[list[str], str]]) -> list[dic
     request = folder / "commands.json"
     request.write_text(json.dumps(commands))
     answers: list[dict[str, Any]]
-    answers, _ = run(_RUN.replace("sys.argv[1]", repr(str(request))), VLLM_LOGGING_LEVEL="ERROR")
+    code = _RUN.replace("sys.argv[1]", repr(str(request)))
+    answers, _ = run_after_stock(code, timeout=900)
     return answers
+
+
+def serve(model: Path, flags: dict[str, Any], environ: dict[str, str]) -> list[str]:
+    """The words of a command line; a flag with None takes no value, and what is no text is given as JSON."""
+    words = [f"{name}={value}" for name, value in environ.items()]
+    words += ["vllm", "serve", str(model)]
+    for name, value in flags.items():
+        words.append(name)
+        if value is not None:
+            words.append(value if isinstance(value, str) else json.dumps(value))
+    return words

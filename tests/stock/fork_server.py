@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs as a process of its own: imports what stock imports from third parties, then forks one child per request.
 
-A child has the environment of its request, and of vLLM, vllm-ascend and the overlay nothing imported. Requests and
-answers are JSON lines on stdin and stdout; fresh.py is the other end.
+A child has the environment of its request, and of vLLM, vllm-ascend and the overlay nothing imported but the modules
+named on this process's command line. Requests and answers are JSON lines on stdin and stdout; fresh.py is the other
+end.
 """
 
 from __future__ import annotations
 
 import gc
 import importlib
+import importlib.util
 import json
 import os
 import sys
@@ -28,6 +30,12 @@ THIRD_PARTY = (
     "scipy.optimize",
     "numba",
     "fastapi",
+    # Only where they are installed: not every version of stock has them.
+    "scipy.signal",
+    "pandas",
+    "compressed_tensors.quantization",
+    "xgrammar",
+    "fastsafetensors",
 )
 UNDER_TEST = ("vllm", "vllm_ascend", "dp_sync_patch")
 
@@ -37,13 +45,16 @@ def serve() -> None:
     os.dup2(2, 1)  # imports print what they like
     before = dict(os.environ)
     for name in THIRD_PARTY:
+        if importlib.util.find_spec(name.partition(".")[0]):
+            importlib.import_module(name)
+    for name in sys.argv[1:]:  # what of stock the children find imported already
         importlib.import_module(name)
     # Importing sets variables as well; the children have to find them.
     changed = {name: value for name, value in os.environ.items() if before.get(name) != value}
     # A thread would be missing in the children, with whatever it had locked.
     threads = len(os.listdir("/proc/self/task"))
     imported = [name for name in sys.modules if name.split(".")[0] in UNDER_TEST]
-    if threads > 1 or imported:
+    if threads > 1 or (imported and not sys.argv[1:]):
         sys.exit(f"not fit to be forked: {threads} threads, {imported} imported")
     gc.freeze()
     for line in sys.stdin:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Processes that have imported nothing of vLLM, vllm-ascend and the overlay, on the stock wheels and the virtual NPU.
 
-`run` forks them from a process that has made the third-party imports, which take most of the time of stock's.
+`run` forks them from a process that has made the third-party imports, which take most of the time of stock's;
+`run_after_stock` from one that has imported modules of stock as well, for tests that begin after that.
 `interpreter` starts a real interpreter, for tests whose point that is.
 """
 
@@ -19,6 +20,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from this_stock import IMPORTS, STOCK_PLUGINS, VERSION
+
 PROJECT = Path(__file__).parents[2]
 _HERE = Path(__file__).parent
 # Stock reads these; what the developer's shell has set must not decide a test.
@@ -33,6 +36,8 @@ def environment(**changes: str) -> dict[str, str]:
     base = {
         "PYTHONPATH": path,
         "VLLM_NO_USAGE_STATS": "1",
+        # vLLM keeps there what it finds out about a model in a process of its own; versions overwrite each other's.
+        "VLLM_CACHE_ROOT": str(PROJECT / "build" / "vllm_cache" / VERSION),
         "TASK_QUEUE_ENABLE": "0",
         # As vLLM sets it; it comes too late for the process that imports torch first, which then starts a compiler.
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
@@ -40,7 +45,7 @@ def environment(**changes: str) -> dict[str, str]:
     return {**clean, **base, **changes}
 
 
-def run(code: str, timeout: float = 240, **environ: str) -> Any:
+def run(code: str, timeout: float = 500, **environ: str) -> Any:
     """Run `code` in a forked process; its last line of stdout is one JSON value. Returns it and all that was logged.
 
     `environ` are variables that the third-party imports do not read; those of the virtual NPU are not among them.
@@ -50,7 +55,12 @@ def run(code: str, timeout: float = 240, **environ: str) -> Any:
     return _result(*_server().run(code, environment(**environ), timeout))
 
 
-def interpreter(code: str, timeout: float = 240, **environ: str) -> Any:
+def run_after_stock(code: str, timeout: float = 500, **environ: str) -> Any:
+    """As `run`, in a process that has imported an engine and its worker, with the plugins of stock."""
+    return _result(*_server(*IMPORTS).run(code, environment(**{**STOCK_PLUGINS, **environ}), timeout))
+
+
+def interpreter(code: str, timeout: float = 500, **environ: str) -> Any:
     """As `run`, in a real interpreter that starts from nothing."""
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -72,13 +82,13 @@ def _result(returncode: int, stdout: str, stderr: str) -> Any:
 class _Server:
     """The process of fork_server.py. It serves one request at a time, and ends when this process does."""
 
-    def __init__(self) -> None:
+    def __init__(self, modules: tuple[str, ...]) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, str(_HERE / "fork_server.py")],
+            [sys.executable, str(_HERE / "fork_server.py"), *modules],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,  # select() has to see what is there
-            env=environment(OPENBLAS_NUM_THREADS="1"),
+            env=environment(OPENBLAS_NUM_THREADS="1", **STOCK_PLUGINS),
         )
         atexit.register(self.stop)
 
@@ -90,7 +100,7 @@ class _Server:
             request = {"code": code, "environ": environ, "cwd": os.getcwd(), "stdout": str(out), "stderr": str(err)}
             assert self._process.stdin is not None
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            child = self._answer(120)
+            child = self._answer(300)  # the third-party imports of a machine that does something else
             assert child is not None, "the fork server does not answer"
             returncode = self._answer(timeout)
             if returncode is None:
@@ -118,5 +128,5 @@ class _Server:
 
 
 @functools.cache
-def _server() -> _Server:
-    return _Server()
+def _server(*modules: str) -> _Server:
+    return _Server(modules)

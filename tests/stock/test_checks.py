@@ -11,11 +11,17 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from fresh import environment, run
+from fresh import environment, run, run_after_stock
+from this_stock import CONNECTOR, SYNC, TARGETS, VERSION
 from toy_configs import MOE
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
+# The process that has imported stock did that without the overlay.
+_LOAD_ALL = """
+import os
+del os.environ["VLLM_PLUGINS"]
+"""
 # Alters stock when its model runner is imported: one point is missing, another one takes other arguments.
 _BROKEN_STOCK = """
 import json, os
@@ -23,7 +29,7 @@ import pytest, wrapt
 
 def break_stock(module):
     del module.NPUModelRunner._sync_metadata_across_dp
-    module.NPUModelRunner._select_moe_comm_method = lambda self, num_tokens: None
+    module.NPUModelRunner.load_model = lambda self, model: None
 
 wrapt.register_post_import_hook(break_stock, "vllm_ascend.worker.model_runner_v1")
 os.chdir({folder!r})
@@ -59,14 +65,14 @@ print(json.dumps(pytest.main(options)))
 def run_checks(folder: Path, *arguments: str, **environ: str) -> tuple[int, str]:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
-        cwd=folder, capture_output=True, text=True, timeout=280, check=False, env=environment(**environ),
+        cwd=folder, capture_output=True, text=True, timeout=560, check=False, env=environment(**environ),
     )  # fmt: skip
     return done.returncode, done.stdout + done.stderr
 
 
 def serve_command(folder: Path, *flags: str) -> str:
     (folder / "config.json").write_text(json.dumps(MOE))
-    transfer = '{"kv_connector": "SharedStorageConnector", "kv_role": "kv_consumer"}'
+    transfer = json.dumps({"kv_connector": CONNECTOR, "kv_role": "kv_consumer"})
     return shlex.join(
         [
             *("vllm", "serve", str(folder), "--skip-tokenizer-init", "--enforce-eager", "--enable-expert-parallel"),
@@ -91,25 +97,25 @@ def run_with_command(*flags: str) -> tuple[int, str, list[str]]:
 def test_green_on_stock(ahead: tuple[int, str, list[str]]) -> None:
     code, output, files = ahead
     assert code == 0, output
-    assert "15 passed" in output
+    assert f"{len(TARGETS) + 5} passed" in output
     assert "skipped" not in output
     assert "no plan was checked" not in output
     assert files == ["config.json"]
 
 
 def test_red_where_points_do_not_fit(tmp_path: Path) -> None:
-    code, output = run(_BROKEN_STOCK.format(folder=str(tmp_path)))
+    code, output = run_after_stock(_LOAD_ALL + _BROKEN_STOCK.format(folder=str(tmp_path)))
     assert code == 1
     # Without the messages behind the names: pytest cuts those to the terminal's width, but not under CI=true.
     failed = [line.partition(" - ")[0] for line in output.splitlines() if line.startswith("FAILED")]
     assert len(failed) == 3  # each of the two points, and applying all of them
     assert sum("_sync_metadata_across_dp" in name for name in failed) == 1
-    assert sum("_select_moe_comm_method" in name for name in failed) == 1
+    assert sum("load_model" in name for name in failed) == 1
     assert "NPUModelRunner._sync_metadata_across_dp does not exist in this stock" in output
 
 
 def test_field_case_38_red_where_a_reference_stays_unpatched(tmp_path: Path) -> None:
-    code, output = run(_KEPT_REFERENCE.format(folder=str(tmp_path)))
+    code, output = run_after_stock(_LOAD_ALL + _KEPT_REFERENCE.format(folder=str(tmp_path)))
     assert code == 1
     failed = [line for line in output.splitlines() if line.startswith("FAILED")]
     assert len(failed) == 1
@@ -170,7 +176,11 @@ def test_other_pytest_runs_are_left_alone(tmp_path: Path) -> None:
 
 
 def check_command(*words: str, before: str = "", **environ: str) -> tuple[int, str]:
-    (code, out), log = run(before + _COMMAND.format(words=["check", *words]), **environ)
+    code = before + _COMMAND.format(words=["check", *words])
+    # VLLM_PLUGINS decides what stock is, from the first import on.
+    (code, out), log = (
+        run(code, **environ) if "VLLM_PLUGINS" in environ else run_after_stock(_LOAD_ALL + code, **environ)
+    )
     assert "Traceback" not in log
     return code, out
 
@@ -182,9 +192,9 @@ def test_the_check_command_is_green_on_stock(tmp_path: Path) -> None:
     assert (code, answer["problems"]) == (0, [])
     assert answer["plan"]["state"] == "skip"
     assert answer["process"]["units"] == {"worker": "applied", "engine": "applied"}
-    assert len(answer["process"]["points"]) == 10
+    assert sorted(point["target"] for point in answer["process"]["points"]) == sorted(TARGETS)
     assert answer["VLLM_PLUGINS"] == ["dp_sync_patch"]
-    assert answer["versions"]["vllm-ascend"] == "0.11.0"
+    assert answer["versions"]["vllm-ascend"] == VERSION
 
 
 def test_the_check_command_is_red_where_vllm_would_not_load_the_overlay() -> None:
@@ -219,24 +229,37 @@ def test_the_check_command_is_red_where_stock_does_not_fit() -> None:
     problems = [line for line in out.splitlines() if line.startswith("error: ")]
     assert len(problems) == 1
     assert problems[0].startswith("error: unit worker: DSP007 ")
-    assert "NPUModelRunner._sync_metadata_across_dp does not exist" in problems[0]
+    assert f"{SYNC} does not exist" in problems[0]
 
 
-def test_the_check_command_is_red_where_somebody_wraps_a_patch_point() -> None:
-    before = """
-import dp_sync_patch, wrapt
+_SOMEBODY = """
+import dp_sync_patch, functools, wrapt
 
-def wrap(module):
-    wrapt.wrap_function_wrapper(module, "NPUModelRunner.load_model", lambda wrapped, _, args, kwargs: wrapped(*args))
+def change(module):
+    ours = module.NPUModelRunner.load_model
+    def theirs(self, *args, **kwargs):
+        return ours(self, *args, **kwargs)
+    module.NPUModelRunner.load_model = {change}
 
-wrapt.register_post_import_hook(wrap, "vllm_ascend.worker.model_runner_v1")
+wrapt.register_post_import_hook(change, "vllm_ascend.worker.model_runner_v1")
 """
-    code, out = check_command(before=before)
+_LOAD_MODEL = "vllm_ascend.worker.model_runner_v1:NPUModelRunner.load_model"
+
+
+def test_the_check_command_names_who_wraps_a_patch_point() -> None:
+    """A profiler that was switched on; it is no fault, and nothing can be undone below it."""
+    code, out = check_command(before=_SOMEBODY.format(change="functools.wraps(ours)(theirs)"))
+    assert code == 0, out
+    assert f"  {_LOAD_MODEL}: applied, wrapped by somebody else" in out
+    assert out.splitlines()[-2] == "check: all right"
+
+
+def test_the_check_command_is_red_where_somebody_replaces_a_patch_point() -> None:
+    code, out = check_command(before=_SOMEBODY.format(change="theirs"))
     assert code == 1
     problems = [line for line in out.splitlines() if line.startswith("error: ")]
-    target = "vllm_ascend.worker.model_runner_v1:NPUModelRunner.load_model"
-    assert problems == [f"error: DSP009 not undone, changed by somebody else: {target}"]
-    assert f"  {target}: changed by somebody else" in out
+    assert problems == [f"error: DSP009 not undone, changed by somebody else: {_LOAD_MODEL}"]
+    assert f"  {_LOAD_MODEL}: changed by somebody else" in out
 
 
 def test_the_check_command_is_red_where_the_platform_is_not_ascend() -> None:

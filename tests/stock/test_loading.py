@@ -10,15 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from fresh import PROJECT, environment, interpreter, run
+from fresh import PROJECT, environment, interpreter, run, run_after_stock
+from this_stock import IMPORTABLE_FIRST, PRELUDE, STOCK_PLUGINS, SYNC, TARGETS
 
-pytestmark = pytest.mark.timeout(300)
-
-# Where the overlay is installed, vLLM would load it by itself; here the test decides when.
-STOCK_PLUGINS = {"VLLM_PLUGINS": "ascend,ascend_kv_connector,ascend_enhanced_model"}
+pytestmark = pytest.mark.timeout(600)
 
 
-@pytest.mark.parametrize("module", ["vllm_ascend.worker.model_runner_v1", "vllm.v1.engine.core"])
+@pytest.mark.parametrize("module", IMPORTABLE_FIRST)
 def test_vllm_loads_the_overlay_in_the_middle_of_importing_what_it_patches(module: str) -> None:
     """The platform is resolved inside that import, and with it the overlay's platform entry point is loaded."""
     code = f"""
@@ -38,16 +36,15 @@ print(json.dumps(dp_sync_patch.status()["units"]))
 def test_field_case_37_threads_reloads_and_registrations_wrap_once() -> None:
     """And one call of the wrapped method is one call of the original."""
     code = """
-import importlib, json, threading
-import vllm.v1.engine.core
-import vllm_ascend.ops
-import vllm_ascend.worker.model_runner_v1 as runner_module
+import functools, threading
+import_stock()
 calls = []
-original = runner_module.NPUModelRunner._sync_metadata_across_dp
-def counting(self, num_tokens: int, with_prefill: bool, enable_dbo: bool):
+runner, name = resolve(SYNC)
+@functools.wraps(current(SYNC))
+def counting(self, num_tokens, *args, **kwargs):
     calls.append(num_tokens)
-    return num_tokens, None, with_prefill, enable_dbo
-runner_module.NPUModelRunner._sync_metadata_across_dp = counting
+    return num_tokens, None
+setattr(runner, name, counting)
 barrier = threading.Barrier(8)
 def load():
     barrier.wait()
@@ -58,102 +55,132 @@ def load():
 threads = [threading.Thread(target=load) for _ in range(8)]
 [thread.start() for thread in threads]
 [thread.join() for thread in threads]
-patched = vars(runner_module.NPUModelRunner)["_sync_metadata_across_dp"]
-runner = object.__new__(runner_module.NPUModelRunner)
-runner.in_profile_run = False
-result = runner._sync_metadata_across_dp(3, enable_dbo=False, with_prefill=True)
+result = getattr(object.__new__(runner), name)(3)
 import dp_sync_patch
-print(json.dumps({"once": patched.__wrapped__ is counting, "calls": calls, "result": result,
-                  "units": dp_sync_patch.status()["units"]}))
+answer(once=current(SYNC).__wrapped__ is counting, calls=calls, result=result,
+       depth=[depth(target) for target in TARGETS], units=dp_sync_patch.status()["units"])
 """
-    found, _ = run(code, **STOCK_PLUGINS)
+    found, log = run_after_stock(PRELUDE + code)
     assert found == {
         "once": True,
         "calls": [3],
-        "result": [3, None, True, False],
+        "result": [3, None],
+        "depth": [1] * len(TARGETS),
         "units": {"worker": "applied", "engine": "applied"},
     }
+    assert "DSP0" not in log
 
 
-def test_foreign_patchers_below_stay_and_on_top_are_refused() -> None:
+@pytest.mark.parametrize("how", ["wrapt", "functools", "replaced"])
+def test_foreign_patchers_below_and_on_top(how: str) -> None:
+    """Below they stay. On top they are tolerated while calls still come to us; a replacement ends the skip."""
     code = """
-import json, wrapt
-import vllm.v1.engine.core
-import vllm_ascend.ops
-import vllm_ascend.worker.model_runner_v1 as module
-runner = module.NPUModelRunner
+import functools, wrapt
+import_stock()
+runner, name = resolve(SYNC)
 order = []
 def named(name):
     def wrapper(wrapped, instance, args, kwargs):
         order.append(name)
         return wrapped(*args, **kwargs)
     return wrapper
-wrapt.wrap_function_wrapper(module, "NPUModelRunner._sync_metadata_across_dp", named("below"))
-below = vars(runner)["_sync_metadata_across_dp"]
+setattr(runner, name, wrapt.FunctionWrapper(current(SYNC), named("below")))
+below = current(SYNC)
 import dp_sync_patch
 from dp_sync_patch import runtime
-ours = vars(runner)["_sync_metadata_across_dp"]
-wrapt.wrap_function_wrapper(module, "NPUModelRunner._sync_metadata_across_dp", named("top"))
-top = vars(runner)["_sync_metadata_across_dp"]
+ours = current(SYNC)
+def around(inner):
+    @functools.wraps(inner)
+    def wrapper(*args, **kwargs):
+        order.append("top")
+        return inner(*args, **kwargs)
+    return wrapper
+def replacement(self, *args, **kwargs):
+    order.append("top")
+    return below(self, *args, **kwargs)
+ON_TOP = {
+    "wrapt": lambda: wrapt.FunctionWrapper(ours, named("top")),
+    "functools": lambda: around(getattr(runner, name)),
+    "replaced": lambda: replacement,
+}
+setattr(runner, name, ON_TOP[HOW]())
+top = current(SYNC)
 instance = object.__new__(runner)
-instance.in_profile_run, instance.dp_size = True, 1
-instance.vllm_config = None
+instance.dp_size, instance.vllm_config = 1, None
+before = dp_sync_patch.metrics.counts.passes_synced
 try:
-    instance._sync_metadata_across_dp(1, False, False)
-except AttributeError:
-    pass
+    instance._sync_metadata_across_dp(*SYNC_ARGUMENTS)
+except AttributeError as error:
+    order.append(str(error))
+counted = dp_sync_patch.metrics.counts.passes_synced - before
 try:
     error = str(dp_sync_patch.uninstall())
 except Exception as caught:
     error = str(caught)
 refusals = [str(refusal) for refusal in runtime._not_intact()]
-untouched = vars(runner)["_sync_metadata_across_dp"] is top
-runner._sync_metadata_across_dp = ours
+states = {point["target"]: point["state"] for point in dp_sync_patch.status()["points"]}
+untouched = current(SYNC) is top
+setattr(runner, name, ours)
 undone = dp_sync_patch.uninstall()
-print(json.dumps({"order": order, "error": error, "refusals": refusals, "untouched": untouched, "undone": undone,
-                  "below": vars(runner)["_sync_metadata_across_dp"] is below}))
+answer(order=order, counted=counted, error=error, refusals=refusals, state=states.pop(SYNC),
+       others=list(states.values()), untouched=untouched, undone=undone, below=current(SYNC) is below)
 """
-    found, _ = run(code, **STOCK_PLUGINS)
-    target = "vllm_ascend.worker.model_runner_v1:NPUModelRunner._sync_metadata_across_dp"
+    found, _ = run_after_stock(PRELUDE + f"HOW = {how!r}\n" + code)
+    replaced = how == "replaced"
     assert found["order"] == ["top", "below"]
-    assert found["error"] == f"DSP009 not undone, changed by somebody else: {target}"
-    assert len(found["refusals"]) == 1
-    assert found["refusals"][0].startswith(f"DSP009 {target} was replaced after it was patched")
+    assert found["counted"] == (0 if replaced else 1)
+    assert found["error"] == f"DSP009 not undone, changed by somebody else: {SYNC}"
+    assert found["state"] == ("changed by somebody else" if replaced else "applied, wrapped by somebody else")
+    assert set(found["others"]) == {"applied"}
+    if replaced:
+        assert len(found["refusals"]) == 1
+        assert found["refusals"][0].startswith(f"DSP009 {SYNC} was replaced after it was patched")
+    else:
+        assert found["refusals"] == []
     assert found["untouched"]
-    assert found["undone"] == 10
+    assert found["undone"] == len(TARGETS)
     assert found["below"]
 
 
-def test_field_case_38_names_bound_before_the_patch_lead_to_the_wrappers() -> None:
-    """Targets are methods, so importers of the classes see the patch; nothing of stock keeps a method itself."""
+@pytest.mark.parametrize("first", ["stock", "overlay"])
+def test_field_case_38_names_bound_by_import_lead_to_the_wrappers(first: str) -> None:
+    """By-name importers of functions and classes, whoever is imported first; nothing of stock keeps an original."""
     code = """
-import gc, json, types
-import vllm.v1.engine.core
-import vllm_ascend.ops
-import vllm_ascend.worker.worker_v1
-from vllm_ascend.worker.model_runner_v1 import NPUModelRunner
-from vllm_ascend.ops.moe.token_dispatcher import TokenDispatcherWithMC2 as Early
+import gc
 import dp_sync_patch
+import_stock()
 from dp_sync_patch.patches import registry
-originals = [entry.original for entry in registry._applied]
+originals = {id(entry.original): entry.original for entry in registry._applied}
+names = {entry.attribute for entry in registry._applied if not isinstance(entry.parent, type)}
 holders = []
-for original in originals:
+for original in originals.values():
     for holder in gc.get_referrers(original):
-        if isinstance(holder, dict) and holder.get("__name__", "").startswith(("vllm",)):
+        if isinstance(holder, dict) and holder.get("__name__", "").startswith("vllm"):
             holders.append(holder["__name__"])
         if isinstance(holder, type):
             holders.append(holder.__name__)
-patched = type(vars(Early)["token_dispatch"]).__name__
-print(json.dumps({"patched": patched, "count": len(originals), "holders": holders}))
+importers = sorted(
+    f"{module_name}:{name}" for module_name, module in list(sys.modules.items()) if module_name.startswith("vllm")
+    for name in names if name in vars(module)
+)
+unpatched = [importer for importer in importers if depth(importer) != 1]
+answer(count=len(originals), holders=holders, importers=importers, unpatched=unpatched)
 """
-    found, _ = run(code, **STOCK_PLUGINS)
-    assert found == {"patched": "PatchedFunction", "count": 10, "holders": []}
+    code = PRELUDE + code
+    found, _ = run_after_stock(code) if first == "stock" else run(code, **STOCK_PLUGINS)
+    functions = sorted(target for target in TARGETS if "." not in target.partition(":")[2])
+    assert found == {
+        "count": len({target.partition(":")[2] for target in TARGETS}),
+        "holders": [],
+        "importers": functions,
+        "unpatched": [],
+    }
 
 
 def cli(*words: str, **environ: str) -> tuple[int, str, str]:
     done = subprocess.run(
         [sys.executable, "-m", "dp_sync_patch", *words],
-        capture_output=True, text=True, timeout=120, check=False, env=environment(**environ),
+        capture_output=True, text=True, timeout=500, check=False, env=environment(**environ),
     )  # fmt: skip
     return done.returncode, done.stdout, done.stderr
 

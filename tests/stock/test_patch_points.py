@@ -1,53 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patch points on unmodified stock 0.11.0: importing, patching and undoing in every order."""
+"""Patch points on unmodified stock: importing, patching and undoing in every order."""
 
 from __future__ import annotations
 
 import pytest
-from fresh import run
+from fresh import run, run_after_stock
+from this_stock import MOE_PACKAGE, PRELUDE, STOCK_PLUGINS, SYNC, TARGETS, WORKER, WORKER_MODULE
 
-pytestmark = pytest.mark.timeout(300)
+from dp_sync_patch import stock
 
-WORKER = [
-    "vllm_ascend.worker.model_runner_v1:NPUModelRunner.profile_run",
-    "vllm_ascend.worker.model_runner_v1:NPUModelRunner.load_model",
-    "vllm_ascend.worker.model_runner_v1:NPUModelRunner.initialize_kv_cache",
-    "vllm_ascend.worker.model_runner_v1:NPUModelRunner._sync_metadata_across_dp",
-    "vllm_ascend.spec_decode.mtp_proposer:MtpProposer._propose",
-    "vllm_ascend.worker.model_runner_v1:NPUModelRunner._select_moe_comm_method",
-    "vllm_ascend.ops.moe.token_dispatcher:TokenDispatcherWithMC2.get_dispatch_mc2_kwargs",
-    "vllm_ascend.ops.moe.token_dispatcher:TokenDispatcherWithMC2.get_combine_mc_kwargs",
-    "vllm_ascend.ops.moe.token_dispatcher:TokenDispatcherWithMC2.token_dispatch",
-]
-ENGINE = ["vllm.v1.engine.core:DPEngineCoreProc.run_busy_loop"]
-
-_PRELUDE = """
-import importlib, json, sys
-def resolve(target):
-    module, name = target.split(":")
-    owner = importlib.import_module(module)
-    *path, attribute = name.split(".")
-    for part in path:
-        owner = getattr(owner, part)
-    return owner, attribute
-def depth(target):
-    owner, attribute = resolve(target)
-    found, levels = vars(owner)[attribute], 0
-    while getattr(found, "_self_dp_sync_patch", False):
-        found, levels = found.__wrapped__, levels + 1
-    return levels
-def import_stock():
-    import vllm.v1.engine.core
-    import vllm_ascend.ops  # stock's own import order; model_runner_v1 alone meets a circular import
-    import vllm_ascend.worker.worker_v1
-"""
+pytestmark = pytest.mark.timeout(600)
 
 
 def _run(body: str, **environ: str) -> tuple[dict[str, object], str]:
-    prelude = f"{_PRELUDE}\nTARGETS = {WORKER + ENGINE!r}\n"
-    # Where the overlay is installed, vLLM would load it by itself; here the test decides when.
-    stock_plugins = {"VLLM_PLUGINS": "ascend,ascend_kv_connector,ascend_enhanced_model"}
-    result, log = run(prelude + body, **{**stock_plugins, **environ})
+    result, log = run(PRELUDE + body, **{**STOCK_PLUGINS, **environ})
+    return result, log
+
+
+def _run_after_stock(body: str) -> tuple[dict[str, object], str]:
+    result, log = run_after_stock(PRELUDE + body)
     return result, log
 
 
@@ -66,11 +37,11 @@ for _ in range(3):
 print(json.dumps({"depth": first, "again": {t: depth(t) for t in TARGETS}, "units": status["units"],
                   "points": [p["target"] for p in status["points"]], "state": status["state"]}))
 """)
-    assert result["depth"] == dict.fromkeys(WORKER + ENGINE, 1)
+    assert result["depth"] == dict.fromkeys(TARGETS, 1)
     assert result["again"] == result["depth"]
     points = result["points"]
     assert isinstance(points, list)
-    assert sorted(points) == sorted(WORKER + ENGINE)
+    assert sorted(points) == sorted(TARGETS)
     assert result["units"] == {"worker": "applied", "engine": "applied"}
     assert result["state"] == "undecided"
 
@@ -90,7 +61,7 @@ print(json.dumps({"units": dp_sync_patch.status()["units"], "depth": depth(TARGE
 
 
 def test_stock_first_then_undo_then_again() -> None:
-    result, _ = _run("""
+    result, _ = _run_after_stock("""
 import inspect
 import_stock()
 signatures = {t: str(inspect.signature(getattr(*resolve(t)))) for t in TARGETS}
@@ -109,20 +80,20 @@ print(json.dumps({"count": count, "same": same, "again": again, "state": state,
                   "depth": {t: depth(t) for t in TARGETS}}))
 """)
     assert result["kept"]
-    assert result["patched"] == dict.fromkeys(WORKER + ENGINE, 1)
-    assert result["count"] == len(WORKER + ENGINE)
-    assert result["same"] == [True] * len(WORKER + ENGINE)
+    assert result["patched"] == dict.fromkeys(TARGETS, 1)
+    assert result["count"] == len(TARGETS)
+    assert result["same"] == [True] * len(TARGETS)
     assert (result["again"], result["state"]) == (0, "off")
-    assert result["depth"] == dict.fromkeys(WORKER + ENGINE, 1)
+    assert result["depth"] == dict.fromkeys(TARGETS, 1)
 
 
 def test_field_case_43_what_does_not_fit_leaves_everything_as_it_was() -> None:
     """Each target in turn is missing, one has another signature, and a model exists already."""
-    result, log = _run("""
+    result, log = _run_after_stock(f"""
 import_stock()
 import dp_sync_patch
 from dp_sync_patch import runtime
-from vllm_ascend.ops.moe import moe_comm_method
+from {MOE_PACKAGE} import moe_comm_method
 found = []
 def reinstall(*broken):
     runtime.install()
@@ -135,11 +106,10 @@ for target in TARGETS:
     reinstall(target)
     setattr(owner, attribute, original)
 dp_sync_patch.uninstall()
-changed = next(t for t in TARGETS if "_sync_metadata_across_dp" in t)
-owner, attribute = resolve(changed)
+owner, attribute = resolve(SYNC)
 original = vars(owner)[attribute]
-setattr(owner, attribute, lambda self, num_tokens, with_prefill: (num_tokens, None, with_prefill))
-reinstall(changed)
+setattr(owner, attribute, lambda self, num_tokens: (num_tokens, None))
+reinstall(SYNC)
 setattr(owner, attribute, original)
 dp_sync_patch.uninstall()
 moe_comm_method._MoECommMethods[None] = "the dispatcher of a model that exists"
@@ -147,17 +117,16 @@ reinstall()
 moe_comm_method._MoECommMethods.clear()
 dp_sync_patch.uninstall()
 reinstall()
-print(json.dumps({"found": found}))
+print(json.dumps({{"found": found}}))
 """)
     found = result["found"]
     assert isinstance(found, list)
     *misfits, last = found
     assert last == [len(WORKER), "applied"]
-    assert [count for count, _ in misfits] == [0] * (len(WORKER + ENGINE) + 2)
-    for target, (_, unit) in zip(WORKER + ENGINE, misfits, strict=False):
+    assert [count for count, _ in misfits] == [0] * (len(TARGETS) + 2)
+    for target, (_, unit) in zip(TARGETS, misfits, strict=False):
         assert unit.startswith(f"DSP007 {target} does not exist")
-    changed = "takes (self, num_tokens, with_prefill) instead of (self, num_tokens, with_prefill, enable_dbo)"
-    assert misfits[-2][1].endswith(changed)
+    assert misfits[-2][1].startswith(f"DSP007 {SYNC} takes (self, num_tokens) instead of (self, num_tokens")
     assert misfits[-1][1].startswith("DSP008 loaded too late")
     assert log.count("nothing is patched, this process runs stock") >= len(misfits)
 
@@ -181,7 +150,7 @@ print(json.dumps({"patched": bool(module) and depth(TARGETS[-1]) > 0, "error": e
     )
     assert result["patched"] is False
     assert log.count("DSP006") == 1
-    assert "found vllm 0.99.0, vllm-ascend 0.99.0, supported vllm 0.11.0 + vllm-ascend 0.11.0" in log
+    assert f"found vllm 0.99.0, vllm-ascend 0.99.0, supported {stock.supported()}" in log
     error = result["error"]
     assert isinstance(error, str)
     assert error.startswith("DSP006") is (mode == "require")
@@ -196,22 +165,39 @@ print(json.dumps({"depth": {t: depth(t) for t in TARGETS}}))
 """,
         DP_SYNC_PATCH_MODE="off",
     )
-    assert result["depth"] == dict.fromkeys(WORKER + ENGINE, 0)
+    assert result["depth"] == dict.fromkeys(TARGETS, 0)
 
 
-def test_field_case_36_fork_children_inherit_the_patches_once() -> None:
-    result, _ = _run("""
-import os
-import dp_sync_patch
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_field_case_36_children_are_patched_once(method: str) -> None:
+    """A parent that has loaded its plugins and imported all; its child does what an engine and its worker do.
+
+    fork inherits the patches and vLLM's note that plugins were loaded; spawn starts with neither.
+    """
+    result, _ = _run(
+        f"""
+import multiprocessing
+import torch
+from vllm.plugins import load_general_plugins
+load_general_plugins()
 import_stock()
-reader, writer = os.pipe()
-pid = os.fork()
-if pid == 0:
-    from dp_sync_patch import plugin
-    plugin.register()
-    os.write(writer, json.dumps([depth(t) for t in TARGETS]).encode())
-    os._exit(0)
-os.waitpid(pid, 0)
-print(json.dumps({"depth": json.loads(os.read(reader, 4096))}))
-""")
-    assert result["depth"] == [1] * len(WORKER + ENGINE)
+context = multiprocessing.get_context({method!r})
+ours, theirs = context.Pipe()
+process = context.Process(target=report_child, args=(theirs, TARGETS, {WORKER_MODULE!r}))
+process.start()
+assert ours.poll(300)
+child = ours.recv()
+process.join(60)
+answer(parent=[depth(t) for t in TARGETS], device=torch.npu.is_initialized(), **child)
+""",
+        VLLM_PLUGINS="dp_sync_patch",
+    )
+    once = [1] * len(TARGETS)
+    assert result == {
+        "parent": once,
+        "device": False,  # an NPU that was initialised is lost after a fork
+        "before": once if method == "fork" else [],
+        "child": once,
+        "foreign": [],
+        "units": {"worker": "applied", "engine": "applied"},
+    }

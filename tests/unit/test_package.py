@@ -84,6 +84,33 @@ print(json.dumps(applied))
     assert run(code)[0] == ["engine"]
 
 
+def test_a_unit_is_applied_where_an_import_finder_hides_its_module(tmp_path: Path) -> None:
+    """A profiler's finder comes before wrapt's; the module that imports the hidden one is seen all the same."""
+    (tmp_path / "hidden.py").touch()
+    (tmp_path / "stand_in.py").write_text("import hidden\n")
+    code = f"""
+import importlib.abc, importlib.machinery, json, sys
+from dp_sync_patch import runtime
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        return importlib.machinery.PathFinder.find_spec(name, path) if name == "hidden" else None
+applied = []
+runtime.TRIGGERS, runtime.STAND_INS = {{"engine": "hidden"}}, {{"engine": ("stand_in",)}}
+runtime.points_of = lambda unit, version: []
+runtime.stock.installed = lambda: {{"vllm": "0.11.0", "vllm-ascend": "0.11.0"}}
+runtime.registry.apply = lambda unit, points: applied.append(unit)
+runtime._hooked.clear()
+runtime.install()
+sys.path.insert(0, {str(tmp_path)!r})
+sys.meta_path.insert(0, Finder())
+import hidden
+before = list(applied)
+import stand_in
+print(json.dumps([before, applied]))
+"""
+    assert run(code)[0] == [[], ["engine"]]
+
+
 def test_off_arms_nothing() -> None:
     code = """
 import json

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import multiprocessing
 import os
@@ -230,7 +231,8 @@ def test_a_foreign_wrapper_on_top_is_refused(target: Any) -> None:
     theirs = wrapt.FunctionWrapper(ours, lambda wrapped, instance, args, kwargs: wrapped(*args, **kwargs) * 10)
     target.Child.own = theirs
     assert registry.foreign() == [OWN.target]
-    assert [entry["state"] for entry in registry.describe()] == ["changed by somebody else", "applied"]
+    assert registry.foreign(wrapped_too=False) == []
+    assert [entry["state"] for entry in registry.describe()] == ["applied, wrapped by somebody else", "applied"]
     with pytest.raises(ForeignWrapperError, match=r"Child\.own"):
         registry.undo()
     assert vars(target.Child)["own"] is theirs
@@ -239,6 +241,21 @@ def test_a_foreign_wrapper_on_top_is_refused(target: Any) -> None:
     target.Child.own = ours
     assert registry.undo() == 2
     assert target.Child().own(1) == 1
+
+
+@pytest.mark.parametrize("name", ["own", "static", "of_class", "inherited"])
+def test_a_profiler_that_keeps_to_functools_wraps_is_no_replacement(target: Any, name: str) -> None:
+    """It starts from what the class hands out, which for a wrapper of wrapt is another object."""
+    registry = Registry()
+    registry.apply("worker", [OWN, STATIC, CLASSMETHOD, KEYWORD])
+    owner = target.Parent if name == "inherited" else target.Child
+    seen = getattr(owner, name)
+    setattr(owner, name, functools.wraps(seen)(lambda *args, **kwargs: seen(*args, **kwargs)))
+    assert len(registry.foreign()) == 1
+    assert registry.foreign(wrapped_too=False) == []
+    setattr(owner, name, lambda *args, **kwargs: 0)
+    assert registry.foreign(wrapped_too=False) == registry.foreign()
+    assert {entry["state"] for entry in registry.describe()} == {"applied", "changed by somebody else"}
 
 
 def test_a_foreign_wrapper_below_stays(target: Any) -> None:
