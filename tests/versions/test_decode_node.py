@@ -45,7 +45,6 @@ def skipped(model: Path, prompts: list[Prompt], tmp_path_factory: pytest.TempPat
     return run(tmp_path_factory.mktemp("skip"), model, prompts, ())
 
 
-@pytest.mark.column("refusals")
 def test_sync_synchronises_every_step_on_every_rank(synced: Run) -> None:
     assert "DSP121" in synced.log
     assert "DSP000" not in synced.log
@@ -55,7 +54,6 @@ def test_sync_synchronises_every_step_on_every_rank(synced: Run) -> None:
         assert synced.dp_collectives(rank) == dict.fromkeys(steps, 1)
 
 
-@pytest.mark.column("skip proven")
 def test_skip_has_no_collective_and_the_same_tokens(synced: Run, skipped: Run) -> None:
     assert skipped.log.count("DSP000 skip") == 2
     assert skipped.tokens == synced.tokens
@@ -64,7 +62,6 @@ def test_skip_has_no_collective_and_the_same_tokens(synced: Run, skipped: Run) -
         assert skipped.dp_collectives(rank) == {}
 
 
-@pytest.mark.column("skip proven")
 def test_skip_is_ragged_with_the_agreed_bound_and_no_mask(skipped: Run) -> None:
     sizes = [[event["bs"] for event in skipped.dispatches(rank)] for rank in range(2)]
     assert len(sizes[0]) == len(sizes[1])
@@ -77,14 +74,12 @@ def test_skip_is_ragged_with_the_agreed_bound_and_no_mask(skipped: Run) -> None:
 
 if STOCK.own_skip:
 
-    @pytest.mark.column("hazards shown")
     def test_stock_skips_by_itself_and_hangs_on_a_long_prompt(
         model: Path, prompts: list[Prompt], tmp_path: Path
     ) -> None:
         """Hazards H2 and H3: stock's condition does not look at what a step can hold (vllm-ascend#8240)."""
         assert_stock_skips_and_hangs(tmp_path / "stock", model, (), [prompts[1]], harmless=prompts[0])
 
-    @pytest.mark.column("refusals")
     def test_a_rank_without_the_overlay_stops_the_others(model: Path, tmp_path: Path) -> None:
         """It would follow stock's skip alone while the others wait for it in the all_reduce."""
         environment = {"DP_SYNC_PATCH_AGREEMENT_TIMEOUT_S": "20"}
