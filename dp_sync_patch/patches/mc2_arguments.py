@@ -9,6 +9,7 @@ import torch
 from dp_sync_patch import metrics, runtime
 from dp_sync_patch.errors import MC2OnlyError
 from dp_sync_patch.patches import PatchPoint, Place, points_at
+from dp_sync_patch.plan import State
 
 _MODULE = "vllm_ascend.ops.moe.token_dispatcher"
 _FUSED_MODULE = "vllm_ascend.ops.fused_moe.token_dispatcher"
@@ -20,7 +21,11 @@ def fix_dispatch_arguments(
     wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """In `skip`: global_bs from the agreed bound, since 0 lays out the window by the local count; no x_active_mask,
-    which the operator rejects for unequal counts (also right for equal ones, as in profile runs)."""
+    which the operator rejects for unequal counts (also right for equal ones, as in profile runs).
+
+    In `sync` counts are equal, and hierarchical MC2 takes no others: it needs global_bs=0 and the mask, as every other
+    version passes them. 0.12.0rc1 and 0.13.0 always pass a global_bs, and drop the mask.
+    """
     arguments = wrapped(*args, **kwargs)
     sizes = runtime.skip_sizes
     if sizes is not None:
@@ -34,18 +39,33 @@ def fix_dispatch_arguments(
             )
         arguments["global_bs"] = sizes.global_bs
         arguments.pop("x_active_mask", None)
+    elif _needs_uniform_arguments(instance, arguments):
+        # Its combine has to be given the same one, and stock does not hand it on.
+        instance.dp_sync_patch_mask = _mask(*args, **kwargs)
+        arguments |= {"global_bs": 0, "x_active_mask": instance.dp_sync_patch_mask}
     return arguments
+
+
+def _needs_uniform_arguments(instance: Any, arguments: dict[str, Any]) -> bool:
+    # `need_expert_scale` is stock's word for hierarchical communication.
+    return bool(arguments["global_bs"] and instance.need_expert_scale and runtime.state() is State.SYNC)
+
+
+def _mask(hidden_states: Any, topk_weights: Any, topk_ids: Any, expert_map: Any, mc2_mask: Any, *_: Any) -> Any:
+    return mc2_mask
 
 
 def fix_combine_arguments(
     wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """In `skip`: the same two arguments as in the dispatch that this combine belongs to."""
+    """The same two arguments as in the dispatch that this combine belongs to."""
     arguments = wrapped(*args, **kwargs)
     sizes = runtime.skip_sizes
     if sizes is not None:
         arguments["global_bs"] = sizes.global_bs
         arguments.pop("x_active_mask", None)
+    elif _needs_uniform_arguments(instance, arguments):
+        arguments |= {"global_bs": 0, "x_active_mask": instance.dp_sync_patch_mask}
     return arguments
 
 
@@ -108,8 +128,10 @@ POINTS = (
         Place(">=0.18.0", _FUSED_MODULE, _DISPATCH, "(self, token_dispatch_input)"),
         unit="worker",
         wrapper=fix_dispatch_arguments,
-        why="global_bs=0 and an active mask are only legal while every rank passes the same number of rows.",
-        how="In skip: global_bs of the agreed bound, no mask, an assertion on the rows.",
+        why="global_bs=0 and an active mask are only legal while every rank passes the same number of rows. "
+        "Hierarchical MC2 takes nothing else, and 0.12.0rc1 and 0.13.0 never pass them.",
+        how="In skip: global_bs of the agreed bound, no mask, an assertion on the rows. In sync, with hierarchical "
+        "MC2: global_bs=0 and the mask.",
         upstream="vllm-ascend#2719, vllm-ascend#8039",
         remove_when="Stock passes a global_bs from a bound that holds on every rank.",
     ),
@@ -120,7 +142,7 @@ POINTS = (
         unit="worker",
         wrapper=fix_combine_arguments,
         why="Combine has to be given what its dispatch was given.",
-        how="In skip: the same global_bs, no mask.",
+        how="The same global_bs and mask.",
         upstream="vllm-ascend#2719, vllm-ascend#8039",
         remove_when="With get_dispatch_mc2_kwargs.",
     ),

@@ -27,6 +27,12 @@ SMALL = (
     *("--max-num-batched-tokens", "64", "--num-gpu-blocks-override", "16"),
 )
 RECOMPUTE = ("--additional-config", json.dumps({"recompute_scheduler_enable": True}))
+# Sixteen devices of the A2, from where on stock uses MC2 there.
+A2_SIZE = 16
+A2 = {
+    **{"VIRTUAL_NPU_SOC": "Ascend910B1", "VIRTUAL_NPU_DEVICES": str(A2_SIZE)},
+    "ASCEND_RT_VISIBLE_DEVICES": ",".join(map(str, range(A2_SIZE))),
+}
 VOTE_EVERY = 32  # steps; vLLM's engines then ask each other whether any has unfinished requests
 _ports: set[int] = set()  # handed out by this process; all servers of a test choose before the first one listens
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -51,13 +57,13 @@ class Server:
     url: str
     ledger: Path
 
-    def complete(self, prompt: list[int], max_tokens: int) -> list[int]:
+    def complete(self, prompt: list[int], max_tokens: int, timeout_s: float = 120) -> list[int]:
         """Greedy completion of token ids; returns exactly max_tokens ids. Raises httpx.HTTPError."""
         body = {
             **{"model": "toy", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0},
             **{"ignore_eos": True, "return_token_ids": True},
         }
-        response = httpx.post(f"{self.url}/v1/completions", json=body, timeout=120, trust_env=False)
+        response = httpx.post(f"{self.url}/v1/completions", json=body, timeout=timeout_s, trust_env=False)
         response.raise_for_status()
         token_ids: list[int] = response.json()["choices"][0]["token_ids"]
         return token_ids
@@ -76,12 +82,19 @@ class Server:
 
 
 def server(
-    folder: Path, model: Path, arguments: Iterable[str], *, overlay: bool, environment: dict[str, str] | None = None
+    folder: Path,
+    model: Path,
+    arguments: Iterable[str],
+    *,
+    overlay: bool,
+    kv_role: str = "kv_consumer",
+    environment: dict[str, str] | None = None,
 ) -> Server:
     """A decode node's `vllm serve` in `folder` (not started), as stock or with the overlay.
 
     Args:
         arguments: flags beside those that make it a small eager decode node; later ones win.
+        kv_role: another one makes it a node that may prefill.
         environment: variables on top of the demo's.
     """
     ledger = folder / "ledger"
@@ -90,7 +103,7 @@ def server(
     transfer = {
         "kv_connector": "FileKVConnector",
         "kv_connector_module_path": "kv_connector",
-        "kv_role": "kv_consumer",
+        "kv_role": kv_role,
         "kv_connector_extra_config": {"directory": str(folder / "kv")},
     }
     command = [

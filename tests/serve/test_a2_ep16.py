@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from demo import Cluster
 from launched_ranks import (
+    A2,
+    A2_SIZE,
     MAX_NUM_SEQS,
     RECOMPUTE,
     VOTE_EVERY,
@@ -23,15 +25,12 @@ from launched_ranks import (
     wait_until_idle,
 )
 
-SIZE = 16
 LAYERS = 2
-DEVICES = ",".join(map(str, range(SIZE)))
-A2 = {"VIRTUAL_NPU_SOC": "Ascend910B1", "VIRTUAL_NPU_DEVICES": str(SIZE), "ASCEND_RT_VISIBLE_DEVICES": DEVICES}
 
 
 @pytest.mark.timeout(600)
 def test_sixteen_ranks_on_a2_skip(baseline: Baseline, tmp_path: Path) -> None:
-    flags = ["--data-parallel-size", str(SIZE), "--api-server-count", "1", *RECOMPUTE]
+    flags = ["--data-parallel-size", str(A2_SIZE), "--api-server-count", "1", *RECOMPUTE]
     node = server(tmp_path / "node", baseline.model, flags, overlay=True, environment=A2)
     with Cluster() as cluster, ThreadPoolExecutor(2) as pool:
         cluster.start(node.process)
@@ -45,7 +44,7 @@ def test_sixteen_ranks_on_a2_skip(baseline: Baseline, tmp_path: Path) -> None:
     # As of stock on two ranks of an A3: what a request gets depends neither on the device nor on the number of ranks.
     assert tokens == baseline.tokens
     ranks = read_ranks([node])
-    assert len(ranks) == SIZE
+    assert len(ranks) == A2_SIZE
     assert steps >= 2 * VOTE_EVERY
     for rank, events in enumerate(ranks):
         assert f"DSP000 skip: no DP metadata all_reduce on rank {rank}; bound {MAX_NUM_SEQS} tokens" in node.log
@@ -54,7 +53,7 @@ def test_sixteen_ranks_on_a2_skip(baseline: Baseline, tmp_path: Path) -> None:
         groups = {event["group"] for event in serving if event["ev"] == "collective"}
         assert groups == {"stateless"}, "there is more than the engines' vote"
         ep = [event for event in events if event["ev"] == "ep"]
-        assert {event["global_bs"] for event in ep} == {MAX_NUM_SEQS * SIZE}
+        assert {event["global_bs"] for event in ep} == {MAX_NUM_SEQS * A2_SIZE}
         assert not any(event["mask"] for event in ep)
         # The profile run is among them, and every step after it has all MoE layers.
         assert min(event["step"] for event in ep) == -1

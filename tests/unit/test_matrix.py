@@ -40,20 +40,29 @@ def test_the_report_of_pytest_is_read_by_column(tmp_path: Path) -> None:
     report = tmp_path / "report.xml"
     report.write_text(
         """<testsuites><testsuite>
-        <testcase classname="tests.versions.test_decode_node" name="a"><properties>
-          <property name="column" value="skip proven"/></properties></testcase>
-        <testcase classname="tests.virtual_npu.tests.test_hccl" name="b"><failure/></testcase>
-        <testcase classname="tests.virtual_npu.tests.test_hccl" name="c"/>
-        <testcase classname="tests.stock.test_plugins" name="d"><skipped/></testcase>
+        <testcase classname="tests.versions.test_decode_node" name="test_skip_a"/>
+        <testcase classname="tests.versions.test_decode_node" name="test_stock_b"/>
+        <testcase classname="tests.virtual_npu.tests.test_hccl" name="test_c"><failure/></testcase>
+        <testcase classname="tests.virtual_npu.tests.test_hccl" name="test_d"/>
+        <testcase classname="tests.stock.test_plugins" name="test_e"><skipped/></testcase>
         </testsuite></testsuites>"""
     )
     found = matrix.read_junit(report)
     assert found == {
         "skip proven": {"passed": 1},
+        "hazards shown": {"passed": 1},
         "virtual NPU": {"passed": 1, "failed": 1},
         "checks": {"failed": 1},
     }
     text = matrix.table({"0.18.0": {"columns": found, "date": "2026-01-02"}}, [])
     (row,) = [line for line in text.splitlines() if line.startswith("| 0.18.0 ")]
-    assert row.split(" | ")[2:] == ["1 passed", "-", "-", "-", "**1 of 1 failed**", "**1 of 2 failed**", "2026-01-02 |"]
+    assert row.split(" | ")[2:] == [
+        "1 passed",
+        "1 passed",
+        "-",
+        "-",
+        "**1 of 1 failed**",
+        "**1 of 2 failed**",
+        "2026-01-02 |",
+    ]
     assert "| 0.23.0 | 0.23.0 | - | - | - | - | - | - | not run |" in text

@@ -7,27 +7,12 @@ KV does. All figures come from the ledgers of the virtual NPU.
 
 from __future__ import annotations
 
-import json
-import random
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 import pytest
 from demo import Cluster
-from launched_ranks import (
-    MAX_NUM_SEQS,
-    RECOMPUTE,
-    Event,
-    Prompt,
-    Server,
-    launched_apart,
-    read_ranks,
-    server,
-    wait_until_idle,
-)
+from launched_ranks import MAX_NUM_SEQS, RECOMPUTE, Prompt, launched_apart
+from node_runs import Run, assert_stock_skips_and_hangs, make_prompts, run
 from toy_model import ToyModelShape, write_toy_model
 
 from dp_sync_patch import stock
@@ -35,34 +20,9 @@ from dp_sync_patch import stock
 pytestmark = pytest.mark.timeout(900)
 
 STOCK = stock.require()
-DP2 = ("--data-parallel-size", "2", "--api-server-count", "1", *RECOMPUTE)
 # Stock does not look at it, the overlay refuses: a prompt with images could then not be scheduled in pieces.
 REFUSED = ("--disable-chunked-mm-input",)
 LONG = 40  # tokens of a prompt; one step of it is beyond the MC2 capacity of MAX_NUM_SEQS tokens
-
-
-@dataclass(frozen=True)
-class Run:
-    tokens: list[list[int]]
-    ranks: list[list[Event]]
-    log: str
-
-    def serving(self, rank: int) -> list[Event]:
-        return [event for event in self.ranks[rank] if event.get("step", -1) >= 0]
-
-    def dp_collectives(self, rank: int) -> Counter[int]:
-        """Step -> collectives in the DP group."""
-        return Counter(
-            event["step"]
-            for event in self.serving(rank)
-            if event["ev"] == "collective" and event["group"] in ("dp", "dp:0")
-        )
-
-    def steps(self, rank: int) -> list[int]:
-        return [event["step"] for event in self.serving(rank) if event["ev"] == "step"]
-
-    def dispatches(self, rank: int) -> list[Event]:
-        return [event for event in self.serving(rank) if event["ev"] == "ep" and event["op"] == "dispatch"]
 
 
 @pytest.fixture(scope="module")
@@ -72,23 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def prompts() -> list[Prompt]:
-    draw = random.Random(5)
-    lengths = ((5, 24), (LONG, 12), (3, 16), (7, 9), (90, 10), (4, 20))
-    return [([draw.randrange(3, 384) for _ in range(length)], count) for length, count in lengths]
-
-
-def run(folder: Path, model: Path, prompts: list[Prompt], arguments: tuple[str, ...], *, overlay: bool = True) -> Run:
-    """One prompt while the other rank is idle, then all of them at once."""
-    node = server(folder, model, [*DP2, *arguments], overlay=overlay)
-    with Cluster() as cluster:
-        cluster.start(node.process)
-        cluster.wait_until_ready({node.process: f"{node.url}/health"})
-        tokens = [node.complete(*prompts[0])]
-        with ThreadPoolExecutor(len(prompts)) as pool:
-            tokens += pool.map(lambda prompt: node.complete(*prompt), prompts)
-        wait_until_idle([node])
-        cluster.check()
-    return Run(tokens, read_ranks([node]), node.log)
+    return make_prompts(((5, 24), (LONG, 12), (3, 16), (7, 9), (90, 10), (4, 20)))
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +45,6 @@ def skipped(model: Path, prompts: list[Prompt], tmp_path_factory: pytest.TempPat
     return run(tmp_path_factory.mktemp("skip"), model, prompts, ())
 
 
-@pytest.mark.column("refusals")
 def test_sync_synchronises_every_step_on_every_rank(synced: Run) -> None:
     assert "DSP121" in synced.log
     assert "DSP000" not in synced.log
@@ -111,7 +54,6 @@ def test_sync_synchronises_every_step_on_every_rank(synced: Run) -> None:
         assert synced.dp_collectives(rank) == dict.fromkeys(steps, 1)
 
 
-@pytest.mark.column("skip proven")
 def test_skip_has_no_collective_and_the_same_tokens(synced: Run, skipped: Run) -> None:
     assert skipped.log.count("DSP000 skip") == 2
     assert skipped.tokens == synced.tokens
@@ -120,7 +62,6 @@ def test_skip_has_no_collective_and_the_same_tokens(synced: Run, skipped: Run) -
         assert skipped.dp_collectives(rank) == {}
 
 
-@pytest.mark.column("skip proven")
 def test_skip_is_ragged_with_the_agreed_bound_and_no_mask(skipped: Run) -> None:
     sizes = [[event["bs"] for event in skipped.dispatches(rank)] for rank in range(2)]
     assert len(sizes[0]) == len(sizes[1])
@@ -133,25 +74,12 @@ def test_skip_is_ragged_with_the_agreed_bound_and_no_mask(skipped: Run) -> None:
 
 if STOCK.own_skip:
 
-    @pytest.mark.column("hazards shown")
     def test_stock_skips_by_itself_and_hangs_on_a_long_prompt(
         model: Path, prompts: list[Prompt], tmp_path: Path
     ) -> None:
         """Hazards H2 and H3: stock's condition does not look at what a step can hold (vllm-ascend#8240)."""
-        node = server(tmp_path / "stock", model, DP2, overlay=False, environment={"VIRTUAL_NPU_TIMEOUT_S": "8"})
-        with Cluster() as cluster:
-            cluster.start(node.process)
-            cluster.wait_until_ready({node.process: f"{node.url}/health"})
-            node.complete(*prompts[0])
-            wait_until_idle([node])
-            before = _dp_collectives(node)
-            with pytest.raises(httpx.HTTPError):
-                node.complete(*prompts[1])
-            assert node.ended_within(90)
-        assert before == 0, "stock does not skip here"
-        assert "waits for rank" in node.log
+        assert_stock_skips_and_hangs(tmp_path / "stock", model, (), [prompts[1]], harmless=prompts[0])
 
-    @pytest.mark.column("refusals")
     def test_a_rank_without_the_overlay_stops_the_others(model: Path, tmp_path: Path) -> None:
         """It would follow stock's skip alone while the others wait for it in the all_reduce."""
         environment = {"DP_SYNC_PATCH_AGREEMENT_TIMEOUT_S": "20"}
@@ -164,11 +92,3 @@ if STOCK.own_skip:
             assert servers[0].ended_within(240)
         assert "AgreementError: DSP202" in servers[0].log
         assert "rank(s) 1; without the overlay they would skip alone" in servers[0].log
-
-
-def _dp_collectives(node: Server) -> int:
-    """So far, in steps."""
-    events = [json.loads(line) for path in node.ledger.iterdir() for line in path.read_text().splitlines()]
-    return sum(
-        event["ev"] == "collective" and event.get("step", -1) >= 0 and event.get("group") == "dp:0" for event in events
-    )

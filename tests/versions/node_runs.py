@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One decode node of the installed stock version, DP2 EP2 by default: what it answered, and what its ledgers say.
+
+The requests go straight to the decode node, so each of them is prefilled there, which is what a prompt without remote
+KV does. All figures come from the ledgers of the virtual NPU.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+from demo import Cluster
+from launched_ranks import RECOMPUTE, Event, Prompt, Server, read_ranks, server, wait_until_idle
+
+DP2 = ("--data-parallel-size", "2", "--api-server-count", "1", *RECOMPUTE)
+
+
+@dataclass(frozen=True)
+class Run:
+    tokens: list[list[int]]
+    ranks: list[list[Event]]
+    log: str
+
+    def serving(self, rank: int) -> list[Event]:
+        return [event for event in self.ranks[rank] if event.get("step", -1) >= 0]
+
+    def dp_collectives(self, rank: int) -> Counter[int]:
+        """Step -> collectives in the DP group."""
+        return Counter(
+            event["step"]
+            for event in self.serving(rank)
+            if event["ev"] == "collective" and event["group"] in ("dp", "dp:0")
+        )
+
+    def steps(self, rank: int) -> list[int]:
+        return [event["step"] for event in self.serving(rank) if event["ev"] == "step"]
+
+    def dispatches(self, rank: int) -> list[Event]:
+        return [event for event in self.serving(rank) if event["ev"] == "ep" and event["op"] == "dispatch"]
+
+
+def make_prompts(lengths: Iterable[tuple[int, int]], seed: int = 5) -> list[Prompt]:
+    """Prompts of random tokens.
+
+    Args:
+        lengths: of each prompt, and how many tokens to generate for it.
+    """
+    draw = random.Random(seed)
+    return [([draw.randrange(3, 384) for _ in range(length)], count) for length, count in lengths]
+
+
+def serve(node: Server, prompts: list[Prompt]) -> Run:
+    """One prompt while the other ranks are idle, then all of them at once."""
+    with Cluster() as cluster:
+        cluster.start(node.process)
+        cluster.wait_until_ready({node.process: f"{node.url}/health"})
+        tokens = [node.complete(*prompts[0])]
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            tokens += pool.map(lambda prompt: node.complete(*prompt), prompts)
+        wait_until_idle([node])
+        cluster.check()
+    return Run(tokens, read_ranks([node]), node.log)
+
+
+def run(
+    folder: Path, model: Path, prompts: list[Prompt], arguments: tuple[str, ...], *, kv_role: str = "kv_consumer"
+) -> Run:
+    """DP2 EP2 with the overlay and the recompute scheduler."""
+    return serve(server(folder, model, [*DP2, *arguments], overlay=True, kv_role=kv_role), prompts)
+
+
+def assert_stock_skips_and_hangs(
+    folder: Path,
+    model: Path,
+    arguments: tuple[str, ...],
+    prompts: list[Prompt],
+    *,
+    harmless: Prompt | None = None,
+    kv_role: str = "kv_consumer",
+) -> None:
+    """Stock runs without any all_reduce and answers none of `prompts`, sent at once: a rank waits for a peer that does
+    something else, until the device reports it and the node ends. Before that it answers `harmless`."""
+    short = {"VIRTUAL_NPU_TIMEOUT_S": "8"}
+    node = server(folder, model, [*DP2, *arguments], overlay=False, kv_role=kv_role, environment=short)
+    with Cluster() as cluster, ThreadPoolExecutor(len(prompts)) as pool:
+        cluster.start(node.process)
+        cluster.wait_until_ready({node.process: f"{node.url}/health"})
+        if harmless is not None:
+            node.complete(*harmless)
+            wait_until_idle([node])
+        # A server whose engine has died waits for its clients before it ends.
+        answers = [pool.submit(node.complete, *prompt, timeout_s=60) for prompt in prompts]
+        for answer in answers:
+            with pytest.raises(httpx.HTTPError):
+                answer.result()
+        assert node.ended_within(90)
+    events = [json.loads(line) for path in node.ledger.iterdir() for line in path.read_text().splitlines()]
+    steps = [event for event in events if event.get("step", -1) >= 0]
+    assert any(event["ev"] == "step" for event in steps)
+    assert not [event for event in steps if event.get("group") == "dp:0"], "stock does not skip here"
+    assert "timeout, waited 8 s for rank" in node.log
