@@ -176,7 +176,6 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     return {case.name: answer for case, answer in zip(CASES, explain_all(folder, commands), strict=True)}
 
 
-@pytest.mark.column("refusals")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_condition(answers: dict[str, dict[str, Any]], case: Case) -> None:
     answer = answers[case.name]
