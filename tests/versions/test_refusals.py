@@ -117,7 +117,8 @@ CASES = [case for case in (
     Case("separate graph routines", ("DSP125", "DSP122"), found="FULL_DECODE_ONLY", drop=_GRAPHS,
          flags=captures(1, 2, 4, 8, 16, mode="FULL_DECODE_ONLY")),
     # Features whose collectives have the shape of the local batch, or that change the sequence of operators.
-    Case("xlite", ("DSP130",), found="xlite_worker.XliteWorker", additional={"xlite_graph_config": {"enabled": True}}),
+    Case("xlite", ("DSP130",), found="xlite_worker.XliteWorker", flags={"--block-size": 128},
+         additional={"xlite_graph_config": {"enabled": True}}),
     Case("the worker of the 310P", ("DSP130",), ">=0.18.0", found="NPUWorker310",
          flags={"--worker-cls": "vllm_ascend._310p.worker_310p.NPUWorker310"}),
     Case("a foreign worker", ("DSP130",), found="my.Worker", flags={"--worker-cls": "my.Worker"}),
