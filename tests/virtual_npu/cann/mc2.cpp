@@ -140,6 +140,7 @@ public:
         Fields event("ep");
         event.comm(comm_.name(), record_.ordinal, comm_.rank(), comm_.size())
             .add("op", dispatch_ ? "dispatch" : "combine");
+        if (dispatch_) event.add("quant_mode", record_.values[kQuant]);
         event.add("bs", bs_).add("global_bs", a_.global_bs).add("mask", !mask_.empty()).add("active", active_);
         event.add("k", k_).add("e", a_.experts).add("h", h_).add("mode", "eager");
         ledger_event(event.add("host_us", host_us));

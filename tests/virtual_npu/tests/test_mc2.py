@@ -402,27 +402,29 @@ def layer_in_a_step(world: World, case: dict[str, Any]) -> None:
     layer(world, case)
 
 
-def test_ledger(launch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("quant", "calls"), [(0, ["dispatch", "combine"]), (2, ["dispatch"])])
+def test_ledger(launch, tmp_path: Path, quant: int, calls: list[str]) -> None:
     folder = tmp_path / "ledger"
     folder.mkdir()
-    case = {**CASES["mask"], "h": 32}
+    case = {**CASES["mask"], "h": 32, "quant": quant}
     launch.values(
         4, "test_mc2:layer_in_a_step", case, env={**RELAXED, "VIRTUAL_NPU_LEDGER_DIR": str(folder)}, start="spawn"
     )
     seen = {}
     for path in folder.iterdir():
         events = [json.loads(line) for line in path.read_text().splitlines()]
-        assert [e["ev"] for e in events] == ["step", "comm", "ep", "ep"]
+        assert [e["ev"] for e in events] == ["step", "comm", *(["ep"] * len(calls))]
         step, comm, *operators = events
         rank = comm["rank"]
         assert step["scheduled_tokens"] == 5
-        for ordinal, (event, op) in enumerate(zip(operators, ("dispatch", "combine"), strict=True), start=1):
+        for ordinal, (event, op) in enumerate(zip(operators, calls, strict=True), start=1):
             assert event.pop("t") > 0
             assert event.pop("host_us") > 0
             seen[rank, op] = event
+            assert event.pop("quant_mode", None) == (quant if op == "dispatch" else None)
             assert event == {
                 "ev": "ep", "step": 12, "op": op, "comm": comm["comm"], "ordinal": ordinal, "rank": rank, "size": 4,
                 "bs": 5, "global_bs": 20, "mask": True, "active": case["active"][rank], "k": 3, "e": 8, "h": 32,
                 "mode": "eager",
             }  # fmt: skip
-    assert len(seen) == 8
+    assert len(seen) == 4 * len(calls)
