@@ -73,7 +73,7 @@ _KNOWN = (
     Stock(
         vllm="0.12.0",
         vllm_ascend="0.12.0rc1",
-        has_been_run=False,
+        has_been_run=True,
         own_skip=True,
         worker_cls="vllm_ascend.worker.worker_v1.NPUWorker",
         schedulers=_VLLM_SCHEDULERS | _RECOMPUTE,
@@ -87,7 +87,7 @@ _KNOWN = (
     Stock(
         vllm="0.13.0",
         vllm_ascend="0.13.0",
-        has_been_run=False,
+        has_been_run=True,
         own_skip=True,
         worker_cls="vllm_ascend.worker.worker.NPUWorker",
         schedulers=_VLLM_SCHEDULERS | _RECOMPUTE,
