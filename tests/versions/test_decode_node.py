@@ -89,6 +89,6 @@ if STOCK.own_skip:
         with Cluster() as cluster:
             for one in servers:
                 cluster.start(one.process)
-            assert servers[0].ended_within(240)
+            assert servers[0].ended_within(420)
         assert "AgreementError: DSP202" in servers[0].log
         assert "rank(s) 1; without the overlay they would skip alone" in servers[0].log
