@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import toy_w8a8
 from launched_ranks import MAX_NUM_SEQS, Prompt
-from test_decode_node import REFUSED, Run, run
+from node_runs import REFUSED, Run, run
 
 from dp_sync_patch import stock
 
