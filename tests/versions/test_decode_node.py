@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from demo import Cluster
 from launched_ranks import MAX_NUM_SEQS, RECOMPUTE, Prompt, launched_apart
-from node_runs import Run, assert_stock_skips_and_hangs, make_prompts, run
+from node_runs import REFUSED, Run, assert_stock_skips_and_hangs, make_prompts, run
 from toy_model import ToyModelShape, write_toy_model
 
 from dp_sync_patch import stock
@@ -20,8 +20,6 @@ from dp_sync_patch import stock
 pytestmark = pytest.mark.timeout(900)
 
 STOCK = stock.require()
-# Stock does not look at it, the overlay refuses: a prompt with images could then not be scheduled in pieces.
-REFUSED = ("--disable-chunked-mm-input",)
 LONG = 40  # tokens of a prompt; one step of it is beyond the MC2 capacity of MAX_NUM_SEQS tokens
 
 
