@@ -8,14 +8,18 @@ decode node, so they are prefilled there in pieces, between decode steps with dr
 from __future__ import annotations
 
 import json
+import random
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
 from demo import Cluster
 from launched_ranks import MAX_NUM_SEQS, VOTE_EVERY, read_ranks, server, wait_until_idle
+from load import LoadRequest
 from node_runs import DP2, REFUSED, Run, make_prompts
+from serve_node import PrefillDecodePair, Rank
 from toy_deepseek import LAYERS, write_toy_deepseek
 
 from dp_sync_patch import stock
@@ -244,3 +248,68 @@ def test_field_case_23_drafts_without_room_are_made_all_the_same(skipped_at_the_
     # A request of the first phase that has no room for its drafts, while the other rank is idle.
     busy, idle = skipped_at_the_limit.scheduled(0), skipped_at_the_limit.scheduled(1)
     assert any(0 < busy[step] <= AT_THE_LIMIT.drafts and not idle[step] for step in range(VOTE_EVERY))
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("state", ["stock", "sync"])
+def test_field_case_23_as_stock_does_it(skipped_at_the_limit: Run, model: Path, tmp_path: Path, state: str) -> None:
+    """Vllm-ascend leaves no draft pass out: what it does by itself has the same calls and tokens."""
+    run = near_the_limit(tmp_path, model, state)
+    _check_field_case_23(run, 0 if state == "stock" and STOCK.own_skip else 2)
+    assert run.tokens[0] == skipped_at_the_limit.tokens[0]  # that of the request that was alone
+
+
+@dataclass(frozen=True)
+class HandedOver:
+    """Runs of a decode node behind a prefill node; `resubmitted`: requests that it gave back to be prefilled again."""
+
+    skipped: tuple[list[list[int]], list[Rank]]
+    synced: tuple[list[list[int]], list[Rank]]
+    resubmitted: list[int]
+    async_scheduling: bool
+
+
+@pytest.fixture(scope="module", params=[False, True] if ASYNC else [False], ids=lambda value: f"async_{value}")
+def handed_over(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> HandedOver:
+    """A decode node with so few KV blocks that two requests of a rank soon need more than there are."""
+    configuration = Configuration(min(3, STOCK.max_draft_passes), 1, request.param)
+    draw = random.Random(9)
+    # One is alone; the others arrive in a burst, shortly before they need a second block of 128 tokens.
+    sizes = [(20, 40)] + [(draw.randint(100, 126), draw.randint(30, 50)) for _ in range(9)]
+    load = [
+        LoadRequest(index, min(index, 1) * 3.0, prompt, count)
+        for index, (prompt, count) in enumerate(make_prompts(sizes, seed=10))
+    ]
+    prefill = ["--max-num-batched-tokens", "512", "--num-gpu-blocks-override", "64", *speculative(1)]
+    prefill += ["--distributed-executor-backend", "uni", *(["--no-async-scheduling"] if ASYNC else [])]
+    folder = tmp_path_factory.mktemp("handed_over")
+    found, resubmitted = [], []
+    with Cluster() as cluster:
+        pair = PrefillDecodePair(cluster, folder, model, ["--num-gpu-blocks-override", "64"], prefill)
+        for name, more in (("skip", ()), ("sync", REFUSED)):
+            flags = [*configuration.arguments(), "--num-gpu-blocks-override", "4", "--max-num-batched-tokens", "64"]
+            with pair.decode_node(name, [*flags, *more], overlay=True) as node:
+                tokens = node.send(load)
+                node.wait_until_idle()
+                resubmitted.append(httpx.get(f"{node.proxy_url}/health", trust_env=False).json()["resubmitted"])
+            found.append((tokens, node.ranks()))
+    return HandedOver(*found, resubmitted, request.param)
+
+
+@pytest.mark.matrix
+def test_requests_with_remote_kv_and_given_back_for_it(handed_over: HandedOver) -> None:
+    """The first step of a request with remote KV has its last prompt token, and drafts that nobody has made."""
+    (skipped, ranks), (synced, synced_ranks) = handed_over.skipped, handed_over.synced
+    known = slice(1) if handed_over.async_scheduling else slice(None)  # see test_tokens_are_equal
+    assert skipped[known] == synced[known]
+    first, both = handed_over.resubmitted
+    assert 0 < first < both
+    drafts = min(3, STOCK.max_draft_passes)
+    for rank in ranks:
+        assert rank.dp_collectives == 0
+        # The last step may be missing, see Run.
+        assert rank.steps == ranks[0].steps
+        assert set(rank.dispatches) >= set(range(rank.steps - 1))
+        assert {len(calls) for calls in rank.dispatches.values()} == {LAYERS + drafts}
+    for rank in synced_ranks:
+        assert rank.dp_collectives >= 2 * (rank.steps - 1)
