@@ -20,16 +20,16 @@ import pytest
 from demo import Cluster
 from launched_ranks import RECOMPUTE, Event, Prompt, Server, read_ranks, server, wait_until_idle
 
+DP2 = ("--data-parallel-size", "2", "--api-server-count", "1", *RECOMPUTE)
 # Stock does not look at it, the overlay refuses: a prompt with images could then not be scheduled in pieces.
 REFUSED = ("--disable-chunked-mm-input",)
-DP2 = ("--data-parallel-size", "2", "--api-server-count", "1", *RECOMPUTE)
 
 
 @dataclass(frozen=True)
 class Run:
     """`ranks` are those of the EP group: with TP, the ranks of one DP rank follow each other.
 
-    The last step of a rank is left out: 0.23.0's processes end without writing what they have of it.
+    The last step of a rank is left out: processes of 0.23.0 end without writing all that they have of it.
     """
 
     tokens: list[list[int]]
@@ -48,16 +48,19 @@ class Run:
             if event["ev"] == "collective" and event["group"] in ("dp", "dp:0")
         )
 
+    def steps(self, rank: int) -> list[int]:
+        return [event["step"] for event in self.serving(rank) if event["ev"] == "step"]
+
     def scheduled(self, rank: int) -> dict[int, int]:
         """Step -> scheduled tokens, 0 for a dummy."""
         return {event["step"]: event["scheduled_tokens"] for event in self.serving(rank) if event["ev"] == "step"}
 
-    def steps(self, rank: int) -> list[int]:
-        return [event["step"] for event in self.serving(rank) if event["ev"] == "step"]
-
     def calls(self, rank: int, operator: str) -> list[Event]:
         """`operator` is dispatch or combine."""
         return [event for event in self.serving(rank) if event["ev"] == "ep" and event["op"] == operator]
+
+    def calls_by_step(self, rank: int, operator: str) -> dict[int, int]:
+        return {**dict.fromkeys(self.steps(rank), 0), **Counter(call["step"] for call in self.calls(rank, operator))}
 
     def dispatches(self, rank: int) -> list[Event]:
         return self.calls(rank, "dispatch")

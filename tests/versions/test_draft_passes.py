@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode nodes of the installed stock version with MTP drafts on a DeepSeek-style model (MLA), DP2 on a virtual A3.
+
+The skip against `sync`, over numbers of drafts, TP sizes and both kinds of scheduling. All requests go straight to the
+decode node, so they are prefilled there in pieces, between decode steps with drafts. All figures come from the ledgers.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+from demo import Cluster
+from launched_ranks import MAX_NUM_SEQS, VOTE_EVERY, read_ranks, server, wait_until_idle
+from load import LoadRequest
+from node_runs import DP2, REFUSED, Run, make_prompts
+from serve_node import PrefillDecodePair, Rank
+from toy_deepseek import LAYERS, write_toy_deepseek
+
+from dp_sync_patch import stock
+
+pytestmark = pytest.mark.timeout(1800)
+
+STOCK = stock.require()
+DP_SIZE = 2
+(METHOD,) = STOCK.speculative_methods
+# Stock 0.11.0 has no recompute scheduler for async scheduling, and refuses the latter with drafts.
+ASYNC = any(name.endswith("AsyncRecomputeScheduler") for name in STOCK.recompute_schedulers)
+LONE_STEPS = 40  # of a request on rank 0 alone, field case 22
+# Prompt length and tokens to generate; answered at once, by rank 0 and rank 1 in turn. A step holds 16 or
+# 32 tokens with the skip and 64 without, so some come in pieces.
+TOGETHER = ((40, 12), (7, 9), (90, 10), (6, 20), (12, 16), (33, 9))
+
+
+def speculative(drafts: int) -> tuple[str, str]:
+    return "--speculative-config", json.dumps({"method": METHOD, "num_speculative_tokens": drafts})
+
+
+@dataclass(frozen=True)
+class Configuration:
+    drafts: int
+    tp: int
+    async_scheduling: bool
+
+    def __str__(self) -> str:
+        return f"k{self.drafts}-tp{self.tp}-{'async' if self.async_scheduling else 'no_async'}"
+
+    @property
+    def ranks(self) -> range:
+        """Of the EP group."""
+        return range(DP_SIZE * self.tp)
+
+    @property
+    def rows(self) -> int:
+        """Of the largest dispatch call: the agreed bound, by TP rank."""
+        return MAX_NUM_SEQS * (1 + self.drafts) // self.tp
+
+    @property
+    def one_process(self) -> bool:
+        """Whether an engine is its own worker: half of the processes, and its votes are in the ledger. With async
+        scheduling the two are apart, as they are by default, so that their steps overlap as on a real node."""
+        return self.tp == 1 and not self.async_scheduling
+
+    def arguments(self) -> list[str]:
+        arguments = [*DP2, "--tensor-parallel-size", str(self.tp), *speculative(self.drafts)]
+        arguments += ["--distributed-executor-backend", "uni" if self.one_process else "mp"]
+        if ASYNC:
+            arguments.append(f"--{'' if self.async_scheduling else 'no-'}async-scheduling")
+        return arguments
+
+
+# Any two values of two settings meet once. The first one is the quick cut.
+COVERING = (
+    Configuration(3, 1, False),
+    Configuration(3, 2, True),
+    Configuration(1, 1, True),
+    Configuration(1, 2, False),
+)
+POSSIBLE = [one for one in COVERING if one.drafts <= STOCK.max_draft_passes and (ASYNC or not one.async_scheduling)]
+CONFIGURATIONS = [
+    pytest.param(one, id=str(one), marks=() if one is POSSIBLE[0] else pytest.mark.matrix) for one in POSSIBLE
+]
+
+
+@dataclass(frozen=True)
+class Compared:
+    configuration: Configuration
+    skipped: Run
+    synced: Run
+    # Steps of the run with the skip before a second request came: rank 0 has one request, or a dummy like rank 1.
+    lone_steps: int
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_toy_deepseek(tmp_path_factory.mktemp("model"))
+
+
+def run(folder: Path, model: Path, configuration: Configuration, *more: str) -> tuple[Run, int]:
+    """A prompt for rank 0 while rank 1 is idle, a long one for rank 1 while rank 0 is, then several at once.
+
+    Returns also the number of steps made for the first.
+    """
+    node = server(folder, model, [*configuration.arguments(), *more], overlay=True)
+    # Not more than 1 + k tokens come out of a step.
+    lone, long = make_prompts(((9, LONE_STEPS * (1 + configuration.drafts)), (90, 10)), seed=6)
+    together = make_prompts(TOGETHER, seed=7)
+    with Cluster() as cluster:
+        cluster.start(node.process)
+        cluster.wait_until_ready({node.process: f"{node.url}/health"})
+        tokens = [node.complete(*lone, timeout_s=300, rank=0)]
+        lone_steps = wait_until_idle([node])
+        tokens.append(node.complete(*long, timeout_s=300, rank=1))
+        wait_until_idle([node])
+        with ThreadPoolExecutor(len(together)) as pool:
+            answers = [
+                pool.submit(node.complete, *prompt, timeout_s=300, rank=index % DP_SIZE)
+                for index, prompt in enumerate(together)
+            ]
+            tokens += [answer.result() for answer in answers]
+        wait_until_idle([node])
+        cluster.check()
+    return Run(tokens, read_ranks([node]), node.log), lone_steps
+
+
+@pytest.fixture(scope="module", params=CONFIGURATIONS)
+def compared(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Compared:
+    configuration: Configuration = request.param
+    folder = tmp_path_factory.mktemp(str(configuration))
+    skipped, lone_steps = run(folder / "skip", model, configuration)
+    synced, _ = run(folder / "sync", model, configuration, *REFUSED)
+    return Compared(configuration, skipped, synced, lone_steps)
+
+
+def test_tokens_are_equal(compared: Compared) -> None:
+    """With async scheduling only those of the requests that were alone: there stock, with drafts and the recompute
+    scheduler, gives others wrong tokens that depend on what else is in their steps (0.18.0 and 0.23.0, also without the
+    overlay). Without async scheduling the same requests get the same, right tokens on both versions.
+
+    A lone request that is prefilled here gets wrong tokens from 0.23.0 too, but always the same: its first step has k
+    drafts that do not exist beside the whole prompt, and `update_num_computed_tokens_for_batch_change` takes a step
+    with drafts for one of 1 + k tokens.
+    """
+    alone = len(compared.skipped.tokens) - len(TOGETHER)
+    known = slice(alone) if compared.configuration.async_scheduling else slice(None)
+    assert compared.skipped.log.count("DSP000 skip") == DP_SIZE
+    assert compared.skipped.tokens[known] == compared.synced.tokens[known]
+
+
+def test_skip_has_no_collective_in_target_and_draft_passes(compared: Compared) -> None:
+    for rank in compared.configuration.ranks:
+        assert len(compared.skipped.steps(rank)) > compared.lone_steps
+        assert compared.skipped.dp_collectives(rank) == {}
+
+
+def test_sync_synchronises_the_target_and_the_drafts_of_every_step_once(compared: Compared) -> None:
+    """Stock asks for the drafts' token counts before the first of k passes, and keeps them for the others."""
+    assert "DSP121" in compared.synced.log
+    assert "DSP000" not in compared.synced.log
+    for rank in compared.configuration.ranks:
+        steps = compared.synced.steps(rank)
+        assert len(steps) > LONE_STEPS
+        assert compared.synced.dp_collectives(rank) == dict.fromkeys(steps, 2)
+
+
+@pytest.mark.parametrize("operator", ["dispatch", "combine"])
+def test_field_case_22_every_rank_makes_the_same_calls_in_every_step(compared: Compared, operator: str) -> None:
+    """One per MoE layer of the target and one per draft pass; decoding, prefilling in pieces, or idle."""
+    configuration, skipped = compared.configuration, compared.skipped
+    for rank in configuration.ranks:
+        expected = dict.fromkeys(skipped.steps(0), LAYERS + configuration.drafts)
+        assert skipped.calls_by_step(rank, operator) == expected
+
+
+def test_field_case_22_a_lone_request_leaves_the_other_rank_with_dummies(compared: Compared) -> None:
+    configuration, skipped = compared.configuration, compared.skipped
+    busy, idle = skipped.scheduled(0), skipped.scheduled(configuration.tp)
+    assert sum(busy[step] > 0 for step in range(compared.lone_steps)) >= LONE_STEPS
+    assert not any(idle[step] for step in range(compared.lone_steps))
+    # The engines vote on going on; they have done so, and stopped together.
+    assert compared.lone_steps > VOTE_EVERY
+    for rank in configuration.ranks:
+        votes = [event for event in skipped.serving(rank) if event.get("group") == "stateless"]
+        # An engine without a worker has no ledger.
+        assert len(votes) == (len(skipped.steps(rank)) // VOTE_EVERY if configuration.one_process else 0)
+
+
+def test_skip_is_ragged_with_the_agreed_bound_and_no_mask(compared: Compared) -> None:
+    configuration, skipped = compared.configuration, compared.skipped
+    events = [[*skipped.calls(rank, "dispatch"), *skipped.calls(rank, "combine")] for rank in configuration.ranks]
+    sizes = [[event["bs"] for event in skipped.dispatches(rank)] for rank in configuration.ranks]
+    # By target pass and draft passes, as they meet.
+    assert sum(len(set(together)) > 1 for together in zip(*sizes, strict=True)) > 10
+    assert max(max(one) for one in sizes) == configuration.rows  # a long prompt comes in pieces of the bound
+    assert {event["global_bs"] for one in events for event in one} == {configuration.rows * len(configuration.ranks)}
+    assert not any(event["mask"] for one in events for event in one)
+
+
+# Field case 23. No step can leave MC2, so that stock's own skip is judged by its draft passes alone.
+LIMIT, STEP = 64, 48
+AT_THE_LIMIT = Configuration(min(3, STOCK.max_draft_passes), 1, ASYNC)
+STATES = {"stock": (False, ()), "skip": (True, ()), "sync": (True, REFUSED)}
+
+
+def near_the_limit(folder: Path, model: Path, state: str) -> Run:
+    """Rank 0 decodes up to max_model_len while rank 1 is idle; then three prompts of about that length."""
+    overlay, more = STATES[state]
+    sizes = ["--max-model-len", str(LIMIT), "--max-num-batched-tokens", str(STEP)]
+    sizes += ["--max-num-seqs", str(STEP // (1 + AT_THE_LIMIT.drafts))]
+    node = server(folder / state, model, [*AT_THE_LIMIT.arguments(), *sizes, *more], overlay=overlay)
+    alone, *together = make_prompts(((LIMIT - 6, 6), (LIMIT - 1, 1), (LIMIT - 3, 3), (LIMIT - 4, 4)), seed=8)
+    with Cluster() as cluster:
+        cluster.start(node.process)
+        cluster.wait_until_ready({node.process: f"{node.url}/health"})
+        tokens = [node.complete(*alone, timeout_s=300, rank=0)]
+        wait_until_idle([node])
+        with ThreadPoolExecutor(len(together)) as pool:
+            answers = [
+                pool.submit(node.complete, *prompt, timeout_s=300, rank=rank)
+                for rank, prompt in zip((0, 1, 0), together, strict=True)
+            ]
+            tokens += [answer.result() for answer in answers]
+        wait_until_idle([node])
+        cluster.check()
+    return Run(tokens, read_ranks([node]), node.log)
+
+
+@pytest.fixture(scope="module")
+def skipped_at_the_limit(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return near_the_limit(tmp_path_factory.mktemp("limit"), model, "skip")
+
+
+def _check_field_case_23(run: Run, collectives: int) -> None:
+    for rank in AT_THE_LIMIT.ranks:
+        steps = run.steps(0)
+        assert run.dp_collectives(rank) == ({step: collectives for step in steps} if collectives else {})
+        for operator in ("dispatch", "combine"):
+            assert run.calls_by_step(rank, operator) == dict.fromkeys(steps, LAYERS + AT_THE_LIMIT.drafts)
+
+
+def test_field_case_23_drafts_without_room_are_made_all_the_same(skipped_at_the_limit: Run) -> None:
+    _check_field_case_23(skipped_at_the_limit, 0)
+    # A request of the first phase that has no room for its drafts, while the other rank is idle.
+    busy, idle = skipped_at_the_limit.scheduled(0), skipped_at_the_limit.scheduled(1)
+    assert any(0 < busy[step] <= AT_THE_LIMIT.drafts and not idle[step] for step in range(VOTE_EVERY))
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("state", ["stock", "sync"])
+def test_field_case_23_as_stock_does_it(skipped_at_the_limit: Run, model: Path, tmp_path: Path, state: str) -> None:
+    """Vllm-ascend leaves no draft pass out: what it does by itself has the same calls and tokens."""
+    run = near_the_limit(tmp_path, model, state)
+    _check_field_case_23(run, 0 if state == "stock" and STOCK.own_skip else 2)
+    assert run.tokens[0] == skipped_at_the_limit.tokens[0]  # that of the request that was alone
+
+
+@dataclass(frozen=True)
+class HandedOver:
+    """Runs of a decode node behind a prefill node; `resubmitted`: requests that it gave back to be prefilled again."""
+
+    skipped: tuple[list[list[int]], list[Rank]]
+    synced: tuple[list[list[int]], list[Rank]]
+    resubmitted: list[int]
+    async_scheduling: bool
+
+
+@pytest.fixture(scope="module", params=[False, True] if ASYNC else [False], ids=lambda value: f"async_{value}")
+def handed_over(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> HandedOver:
+    """A decode node with so few KV blocks that two requests of a rank soon need more than there are."""
+    configuration = Configuration(min(3, STOCK.max_draft_passes), 1, request.param)
+    draw = random.Random(9)
+    # One is alone; the others arrive in a burst, shortly before they need a second block of 128 tokens.
+    sizes = [(20, 40)] + [(draw.randint(100, 126), draw.randint(30, 50)) for _ in range(9)]
+    load = [
+        LoadRequest(index, min(index, 1) * 3.0, prompt, count)
+        for index, (prompt, count) in enumerate(make_prompts(sizes, seed=10))
+    ]
+    prefill = ["--max-num-batched-tokens", "512", "--num-gpu-blocks-override", "64", *speculative(1)]
+    prefill += ["--distributed-executor-backend", "uni", *(["--no-async-scheduling"] if ASYNC else [])]
+    folder = tmp_path_factory.mktemp("handed_over")
+    found, resubmitted = [], []
+    with Cluster() as cluster:
+        pair = PrefillDecodePair(cluster, folder, model, ["--num-gpu-blocks-override", "64"], prefill)
+        for name, more in (("skip", ()), ("sync", REFUSED)):
+            flags = [*configuration.arguments(), "--num-gpu-blocks-override", "4", "--max-num-batched-tokens", "64"]
+            with pair.decode_node(name, [*flags, *more], overlay=True) as node:
+                tokens = node.send(load)
+                node.wait_until_idle()
+                resubmitted.append(httpx.get(f"{node.proxy_url}/health", trust_env=False).json()["resubmitted"])
+            found.append((tokens, node.ranks()))
+    return HandedOver(*found, resubmitted, request.param)
+
+
+@pytest.mark.matrix
+def test_requests_with_remote_kv_and_given_back_for_it(handed_over: HandedOver) -> None:
+    """The first step of a request with remote KV has its last prompt token, and drafts that nobody has made."""
+    (skipped, ranks), (synced, synced_ranks) = handed_over.skipped, handed_over.synced
+    known = slice(1) if handed_over.async_scheduling else slice(None)  # see test_tokens_are_equal
+    assert skipped[known] == synced[known]
+    first, both = handed_over.resubmitted
+    assert 0 < first < both
+    drafts = min(3, STOCK.max_draft_passes)
+    for rank in ranks:
+        assert rank.dp_collectives == 0
+        # The last step may be missing, see Run.
+        assert rank.steps == ranks[0].steps
+        assert set(rank.dispatches) >= set(range(rank.steps - 1))
+        assert {len(calls) for calls in rank.dispatches.values()} == {LAYERS + drafts}
+    for rank in synced_ranks:
+        assert rank.dp_collectives >= 2 * (rank.steps - 1)
