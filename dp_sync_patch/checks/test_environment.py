@@ -26,7 +26,7 @@ COMMAND = os.environ.get("DP_SYNC_CHECK_COMMAND", "")
 
 def _run(*arguments: str) -> tuple[int, str, str]:
     done = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, timeout=120, check=False, env=dict(os.environ)
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=600, check=False, env=dict(os.environ)
     )
     return done.returncode, done.stdout, done.stderr
 

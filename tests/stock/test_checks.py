@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from fresh import environment, run, run_after_stock
-from this_stock import CONNECTOR, SYNC, TARGETS, VERSION
+from this_stock import CONNECTOR, TARGETS, VERSION
 from toy_configs import MOE
 
 pytestmark = pytest.mark.timeout(1200)
@@ -229,7 +229,7 @@ def test_the_check_command_is_red_where_stock_does_not_fit() -> None:
     problems = [line for line in out.splitlines() if line.startswith("error: ")]
     assert len(problems) == 1
     assert problems[0].startswith("error: unit worker: DSP007 ")
-    assert f"{SYNC} does not exist" in problems[0]
+    assert "NPUModelRunner.load_model takes (self, model) instead of (self)" in problems[0]
 
 
 _SOMEBODY = """
@@ -270,7 +270,7 @@ def test_the_check_command_is_red_where_the_platform_is_not_ascend() -> None:
 
 
 def test_the_check_command_says_all_it_knows_where_stock_refuses(tmp_path: Path) -> None:
-    command = shlex.split(serve_command(tmp_path, "--enable-dbo"))
+    command = shlex.split(serve_command(tmp_path, "--enable-eplb"))
     code, out = check_command("--soc", "A3", "--", *command, DP_SYNC_PATCH_MODE="off")
     assert code == 2
     assert "error: DSP432 stock refuses this command line" in out

@@ -21,19 +21,19 @@ from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
 load_general_plugins()
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
-from vllm.v1.engine.core import DPEngineCoreProc
 found = {{"platform": type(current_platform).__name__, "device": current_platform.device_type,
          "connector": "MooncakeConnectorV1" in KVConnectorFactory._registry,
-         "loaded": "dp_sync_patch" in sys.modules, "patched": [DPEngineCoreProc.run_busy_loop]}}
-if current_platform.device_type == "npu":
+         "loaded": "dp_sync_patch" in sys.modules, "patched": []}}
+if current_platform.device_type == "npu":  # vLLM 0.12.0's engine core cannot even be imported without a platform
+    from vllm.v1.engine.core import DPEngineCoreProc
     import {WORKER_MODULE}
     from vllm_ascend.worker.model_runner_v1 import NPUModelRunner
-    found["patched"].append(NPUModelRunner._sync_metadata_across_dp)
+    found["patched"] = [DPEngineCoreProc.run_busy_loop, NPUModelRunner._sync_metadata_across_dp]
 found["patched"] = [type(function).__name__ != "function" for function in found["patched"]]
 print(json.dumps(found))
 """
 _ALL = ",".join(("ascend", *PLUGINS))
-_NO_NPU = {"platform": "UnspecifiedPlatform", "device": "", "patched": [False]}
+_NO_NPU = {"platform": "UnspecifiedPlatform", "device": "", "patched": []}
 
 
 def _npu(*, overlay: bool, connector: bool = True) -> dict[str, Any]:

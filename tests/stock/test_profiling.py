@@ -53,8 +53,8 @@ def profiled(installed: str, home: Path, code: str, **environ: str) -> tuple[Any
 def test_stocks_own_symbols_hide_no_module_from_the_overlay(installed: str, tmp_path: Path, plugins: str) -> None:
     """The profiler's import finder comes before wrapt's, and keeps the model runner to itself.
 
-    The symbols of the model runner alone: with the whole list the profiler imports a good part of 0.13.0 in an order
-    that stock does not survive, with or without the overlay.
+    The symbols of the model runner alone: for the whole list the profiler imports a good part of stock early, and
+    0.13.0's own patches of vLLM fail in that order, without the overlay as well.
     """
     code = """
 from importlib.metadata import entry_points

@@ -64,8 +64,8 @@ def fine_tp(name: str) -> dict[str, Any]:
     return {"finegrained_tp_config": {f"{name}_tensor_parallel_size": 2}}
 
 
-def captures(*sizes: int, mode: str) -> dict[str, Any]:
-    return {"--compilation-config": {"cudagraph_capture_sizes": list(sizes), "cudagraph_mode": mode}}
+def graphs(mode: str) -> dict[str, Any]:
+    return {"--compilation-config": {"cudagraph_mode": mode}}
 
 
 def drafts(count: int) -> dict[str, Any]:
@@ -113,23 +113,23 @@ CASES = [case for case in (
          additional={"SLO_limits_for_dynamic_batch": 50}, recompute=False, flags={"--max-num-batched-tokens": 16}),
     Case("multimodal input in one piece", ("DSP121",), flags={"--disable-chunked-mm-input": None}),
     Case("one graph routine", ("DSP125",), found="PIECEWISE", drop=_GRAPHS,
-         flags=captures(1, 2, 4, 8, 16, mode="PIECEWISE")),
+         flags=graphs("PIECEWISE")),
     Case("separate graph routines", ("DSP125", "DSP122"), found="FULL_DECODE_ONLY", drop=_GRAPHS,
-         flags=captures(1, 2, 4, 8, 16, mode="FULL_DECODE_ONLY")),
+         flags=graphs("FULL_DECODE_ONLY")),
     # Features whose collectives have the shape of the local batch, or that change the sequence of operators.
     Case("xlite", ("DSP130",), found="xlite_worker.XliteWorker", flags={"--block-size": 128},
          additional={"xlite_graph_config": {"enabled": True}}),
     Case("the worker of the 310P", ("DSP130",), ">=0.18.0", found="NPUWorker310",
          flags={"--worker-cls": "vllm_ascend._310p.worker_310p.NPUWorker310"}),
     Case("a foreign worker", ("DSP130",), found="my.Worker", flags={"--worker-cls": "my.Worker"}),
-    Case("shared-expert DP", ("DSP131",), additional={"enable_shared_expert_dp": True}),
+    Case("shared-expert DP", ("DSP131",), flags=_TP2, additional={"enable_shared_expert_dp": True}),
     Case("field case 13: FlashComm by environment", ("DSP132",), flags=_TP2,
          environ={"VLLM_ASCEND_ENABLE_FLASHCOMM1": "1"}),
     Case("field case 13: FlashComm by option", ("DSP132",), ">=0.23.0", flags=_TP2,
          additional={"enable_flashcomm1": True}),
     Case("field case 12: LM-head TP", ("DSP133",), found="2", additional=fine_tp("lmhead")),
     Case("field case 12: o_proj TP", ("DSP134",), found="2", drop=_GRAPHS, additional=fine_tp("oproj"),
-         flags=captures(1, 2, 4, 8, 16, mode="FULL_DECODE_ONLY")),
+         flags=graphs("FULL_DECODE_ONLY")),
     Case("MLP TP", ("DSP135",), additional=fine_tp("mlp")),
     Case("EPLB by option", ("DSP137",), found="dynamic_eplb", versions=">=0.12.0rc1,<0.18.0",
          additional={"dynamic_eplb": True}, environ={"DYNAMIC_EPLB": "true"}),
@@ -139,7 +139,8 @@ CASES = [case for case in (
     Case("LoRA", ("DSP138",), flags={"--enable-lora": None}),
     Case("pipeline parallelism", ("DSP139",), found="2", flags={"--pipeline-parallel-size": 2}),
     Case("decode context parallelism", ("DSP140",), found="decode 2", flags=_DCP),
-    Case("prefill context parallelism", ("DSP140",), "<0.23.0", found="prefill 2", flags=_PCP),
+    Case("prefill context parallelism", ("DSP140",), ">=0.13.0,<0.23.0", found="prefill 2", flags=_PCP),
+    Case("prefill context parallelism on 0.12.0rc1", versions="<0.13.0", flags=_PCP, stock="is not fully supported"),
     Case("prefill context parallelism on later versions", versions=">=0.23.0", flags=_PCP,
          stock="PCP (Prefill Context Parallelism) and DP (Data Parallelism) cannot be enabled simultaneously"),
     Case("a speculative method that is not known", ("DSP141",), found="ngram",
@@ -149,8 +150,9 @@ CASES = [case for case in (
     Case("two drafts on later versions", versions=">=0.18.0", flags=drafts(2), **_DEEPSEEK),
     Case("embedding TP", ("DSP143",), additional=fine_tp("embedding")),
     Case("o_lora TP", ("DSP143",), ">=0.23.0", drop=_GRAPHS, additional=fine_tp("olora"),
-         flags=captures(1, 2, 4, 8, 16, mode="FULL_DECODE_ONLY")),
-    Case("FlashComm2", ("DSP144",), flags=_TP2, environ={"VLLM_ASCEND_FLASHCOMM2_PARALLEL_SIZE": "1"}),
+         flags=graphs("FULL_DECODE_ONLY")),
+    Case("FlashComm2", stock="not applicable in D-scenario environments", flags=_TP2,
+         environ={"VLLM_ASCEND_FLASHCOMM2_PARALLEL_SIZE": "1"}),
     Case("field case 07: balance scheduling", ("DSP145",), "==0.13.0", environ={"VLLM_ASCEND_BALANCE_SCHEDULING": "1"}),
     Case("field case 07: balance scheduling on later versions", versions=">=0.18.0",
          stock="only supports PD-mixed mode", environ={"VLLM_ASCEND_BALANCE_SCHEDULING": "1"}),
