@@ -40,12 +40,12 @@ class Run:
         last = max(event.get("step", -1) for event in self.ranks[rank])
         return [event for event in self.ranks[rank] if 0 <= event.get("step", -1) < last]
 
-    def dp_collectives(self, rank: int) -> Counter[int]:
-        """Step -> collectives in the DP group."""
+    def dp_collectives(self, rank: int, kind: str | None = None) -> Counter[int]:
+        """Step -> collectives in the DP group, of one kind or of all: on the A2 a step outside MC2 has others there."""
         return Counter(
             event["step"]
             for event in self.serving(rank)
-            if event["ev"] == "collective" and event["group"] in ("dp", "dp:0")
+            if event["ev"] == "collective" and event["group"] in ("dp", "dp:0") and kind in (None, event["kind"])
         )
 
     def steps(self, rank: int) -> list[int]:
