@@ -29,19 +29,25 @@ class CommandLineError(DpSyncPatchError):
 
 
 class StockImportError(DpSyncPatchError):
-    """vLLM, vllm-ascend or torch_npu cannot be imported here."""
+    """vLLM, vllm-ascend or torch_npu cannot be imported here, or not as on an Ascend node."""
 
 
 def import_stock() -> None:
     """Import what the patches wait for, and with it all of stock.
 
     Raises:
-        StockImportError: one line with the package that fails and the cause.
+        StockImportError: one line with the package that fails and the cause, or vLLM has another platform here.
     """
     entry = stock.current()
     # Through the worker, as vLLM does it: 0.23.0's model runner alone meets a circular import.
     first = [entry.worker_cls.rpartition(".")[0]] if entry else []
     try:
+        from vllm.platforms import current_platform
+
+        if current_platform.device_type != "npu":
+            # Without any platform, importing the rest ends the process (std::bad_alloc on 0.12.0rc1 and 0.13.0).
+            name = type(current_platform).__name__
+            raise StockImportError("DSP425", f"vLLM's platform here is {name}, not the Ascend one")
         for module in (*first, *TRIGGERS.values()):
             importlib.import_module(module)
     except DpSyncPatchError:

@@ -264,7 +264,7 @@ def test_the_check_command_is_red_where_somebody_replaces_a_patch_point() -> Non
 
 def test_the_check_command_is_red_where_the_platform_is_not_ascend() -> None:
     code, out = check_command(VLLM_PLUGINS="")
-    assert code == 1
+    assert code == 2
     assert "error: DSP424 VLLM_PLUGINS= loads no plugin at all, not even the Ascend platform" in out
     assert "error: DSP425 vLLM's platform here is UnspecifiedPlatform, not the Ascend one" in out
 
