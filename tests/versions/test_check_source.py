@@ -24,7 +24,7 @@ from dp_sync_patch import stock
 from dp_sync_patch.errors import StandDownError
 from dp_sync_patch.patches import TRIGGERS, PatchPoint, points_of
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.matrix]
 
 VERSION = stock.require().vllm_ascend
 SITE = Path(str(metadata.distribution("vllm-ascend").locate_file("")))
