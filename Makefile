@@ -29,7 +29,7 @@ test: setup lint
 
 # The quick part of what `make matrix` runs on a version.
 test-newest: setup
-	$(PY) -m pytest tests/versions tests/unit
+	$(PY) -m pytest tests/versions
 
 test-long: setup
 	$(PY) -m pytest tests -m long $(ARGS)

@@ -162,8 +162,10 @@ def latch(runner: Any) -> None:
             timeout_s=configured.agreement_timeout_s,
         )
         if not verdict.agreed:
-            state = min(state, State.SYNC)
-            if verdict.code != "DSP201" and stock.require().own_skip:
+            own_skip = stock.require().own_skip
+            # Where stock skips by itself, that goes for a rank that is switched off as well.
+            state = State.SYNC if own_skip else min(state, State.SYNC)
+            if verdict.code != "DSP201" and own_skip:
                 # Not merely a difference: nothing is known of some ranks, and without the overlay they follow stock's
                 # skip while the others wait for them in the all_reduce.
                 raise AgreementError(verdict.code, f"{verdict.why}; without the overlay they would skip alone")

@@ -119,7 +119,7 @@ def async_scheduling(pair: PrefillDecodePair, stock: Run) -> Run:
     return Run(tokens, node.ranks(), node.log, drafts=0, bound=MAX_NUM_SEQS)
 
 
-@pytest.fixture(params=["three_drafts", "one_draft", "async_scheduling"])
+@pytest.fixture(params=["three_drafts", pytest.param("one_draft", marks=pytest.mark.long), "async_scheduling"])
 def overlay(request: pytest.FixtureRequest) -> Run:
     run: Run = request.getfixturevalue(request.param)
     return run

@@ -124,7 +124,15 @@ def passes(folder: str) -> dict[str, Any]:
 
 def synced(folder: str) -> dict[str, Any]:
     """A pass in `sync`, where stock by itself would skip."""
-    runner = _latched(folder, "--disable-chunked-mm-input", peer=True)
+    return _one_synced(_latched(folder, "--disable-chunked-mm-input", peer=True))
+
+
+def switched_off_alone(folder: str) -> dict[str, Any]:
+    """The same where this rank has mode=off, and rank 1 has not."""
+    return _one_synced(_latched(folder, peer=True, dp_sync_patch={"mode": "off"}))
+
+
+def _one_synced(runner: Any) -> dict[str, Any]:
     return {
         "state": dp_sync_patch.status()["state"],
         "reasons": dp_sync_patch.status()["reasons"],

@@ -56,6 +56,14 @@ def test_sync_switches_stocks_own_skip_off(tmp_path: Path) -> None:
     assert "in force on rank 0: sync (stock vllm-ascend, its own skip switched off)" in log
 
 
+def test_field_case_30_a_rank_that_is_switched_off_alone_synchronises_with_its_peers(tmp_path: Path) -> None:
+    """Stock's own skip on it would leave them alone in the all_reduce."""
+    found, _ = check("switched_off_alone", tmp_path)
+    assert found["state"] == "sync"
+    assert any(reason.startswith("DSP201") for reason in found["reasons"]), found["reasons"]
+    assert NO_GROUP in found["sync"]
+
+
 def test_field_case_30_a_missing_peer_is_an_error(tmp_path: Path) -> None:
     error, _ = check("without_a_peer", tmp_path)
     assert error == (

@@ -78,6 +78,7 @@ if STOCK.own_skip:
         """Hazards H2 and H3: stock's condition does not look at what a step can hold (vllm-ascend#8240)."""
         assert_stock_skips_and_hangs(tmp_path / "stock", model, (), [prompts[1]], harmless=prompts[0])
 
+    @pytest.mark.matrix
     def test_a_rank_without_the_overlay_stops_the_others(model: Path, tmp_path: Path) -> None:
         """It would follow stock's skip alone while the others wait for it in the all_reduce."""
         environment = {"DP_SYNC_PATCH_AGREEMENT_TIMEOUT_S": "20"}

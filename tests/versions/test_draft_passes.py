@@ -24,7 +24,7 @@ from toy_deepseek import LAYERS, write_toy_deepseek
 
 from dp_sync_patch import stock
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.timeout(1800), pytest.mark.matrix]
 
 STOCK = stock.require()
 DP_SIZE = 2
@@ -74,7 +74,7 @@ class Configuration:
         return arguments
 
 
-# Any two values of two settings meet once. The first one is the quick cut.
+# Any two values of two settings meet once.
 COVERING = (
     Configuration(3, 1, False),
     Configuration(3, 2, True),
@@ -82,9 +82,7 @@ COVERING = (
     Configuration(1, 2, False),
 )
 POSSIBLE = [one for one in COVERING if one.drafts <= STOCK.max_draft_passes and (ASYNC or not one.async_scheduling)]
-CONFIGURATIONS = [
-    pytest.param(one, id=str(one), marks=() if one is POSSIBLE[0] else pytest.mark.matrix) for one in POSSIBLE
-]
+CONFIGURATIONS = [pytest.param(one, id=str(one)) for one in POSSIBLE]
 
 
 @dataclass(frozen=True)
@@ -250,7 +248,6 @@ def test_field_case_23_drafts_without_room_are_made_all_the_same(skipped_at_the_
     assert any(0 < busy[step] <= AT_THE_LIMIT.drafts and not idle[step] for step in range(VOTE_EVERY))
 
 
-@pytest.mark.matrix
 @pytest.mark.parametrize("state", ["stock", "sync"])
 def test_field_case_23_as_stock_does_it(skipped_at_the_limit: Run, model: Path, tmp_path: Path, state: str) -> None:
     """Vllm-ascend leaves no draft pass out: what it does by itself has the same calls and tokens."""
@@ -296,7 +293,6 @@ def handed_over(request: pytest.FixtureRequest, model: Path, tmp_path_factory: p
     return HandedOver(*found, resubmitted, request.param)
 
 
-@pytest.mark.matrix
 def test_requests_with_remote_kv_and_given_back_for_it(handed_over: HandedOver) -> None:
     """The first step of a request with remote KV has its last prompt token, and drafts that nobody has made."""
     (skipped, ranks), (synced, synced_ranks) = handed_over.skipped, handed_over.synced
