@@ -42,10 +42,13 @@ def import_stock() -> None:
     # Through the worker, as vLLM does it: 0.23.0's model runner alone meets a circular import.
     first = [entry.worker_cls.rpartition(".")[0]] if entry else []
     try:
+        importlib.import_module("vllm_ascend")  # before vLLM meets what is wrong with it, and only logs it
         from vllm.platforms import current_platform
 
         if current_platform.device_type != "npu":
-            # Without any platform, importing the rest ends the process (std::bad_alloc on 0.12.0rc1 and 0.13.0).
+            # Without any platform, importing the rest ends the process (std::bad_alloc on 0.12.0rc1 and 0.13.0). If
+            # this part cannot be imported, that is the cause.
+            importlib.import_module("vllm_ascend.platform")
             name = type(current_platform).__name__
             raise StockImportError("DSP425", f"vLLM's platform here is {name}, not the Ascend one")
         for module in (*first, *TRIGGERS.values()):

@@ -19,8 +19,8 @@ class Stock:
 
     vllm: str
     vllm_ascend: str
-    # Whether the overlay has been run on it. A version that was only read is not patched.
-    has_been_run: bool = True
+    # Whether `make matrix` is green for it. A version that was only read, or run in part, is not patched.
+    has_been_run: bool
     # Stock skips the all_reduce on its own here, on conditions that do not hold on every rank (vllm-ascend#8240,
     # vllm-ascend#13826). In `sync` that is switched off, so a rank without the overlay would be alone with it.
     own_skip: bool
@@ -56,6 +56,7 @@ _ASYNC_RECOMPUTE = "vllm_ascend.core.recompute_scheduler.AsyncRecomputeScheduler
 _0_11_0 = Stock(
     vllm="0.11.0",
     vllm_ascend="0.11.0",
+    has_been_run=True,
     own_skip=False,
     worker_cls="vllm_ascend.worker.worker_v1.NPUWorker",
     schedulers=_VLLM_SCHEDULERS | {"vllm_ascend.core.scheduler.AscendScheduler", _RECOMPUTE},
@@ -70,6 +71,7 @@ _0_12_0rc1 = replace(
     _0_11_0,
     vllm="0.12.0",
     vllm_ascend="0.12.0rc1",
+    has_been_run=False,
     own_skip=True,
     schedulers=_VLLM_SCHEDULERS | {_RECOMPUTE, _ASYNC_RECOMPUTE},
     recompute_schedulers=frozenset({_RECOMPUTE, _ASYNC_RECOMPUTE}),
@@ -91,7 +93,13 @@ _0_18_0 = replace(
     max_draft_passes=_ANY,  # no longer dependent on what is in the batch
     a2_max_local_experts=24,
 )
-_0_23_0 = replace(_0_18_0, vllm="0.23.0", vllm_ascend="0.23.0")
+_0_23_0 = replace(
+    _0_18_0,
+    vllm="0.23.0",
+    vllm_ascend="0.23.0",
+    has_been_run=True,
+    max_draft_passes=0,  # the tokens of some prompts differed between `skip` and `sync`; not traced yet
+)
 KNOWN = (_0_11_0, _0_12_0rc1, _0_13_0, _0_18_0, _0_23_0)
 
 # Options that not every version reads, with the vllm-ascend versions that do. Elsewhere they change nothing in stock.

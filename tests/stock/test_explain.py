@@ -258,11 +258,11 @@ def test_mistakes_are_said_at_once(words: list[str], code: str) -> None:
 
 
 def test_what_is_wrong_with_the_environment_is_said_beside_the_error(model: Path) -> None:
-    """VLLM_PLUGINS of the command line takes the platform away, and stock's own error does not tell."""
+    """VLLM_PLUGINS of the command line takes the platform away, and with it everything else."""
     code, out, log = forked_cli("explain", "--soc", "A3", "--json", "--", "VLLM_PLUGINS=", "vllm", "serve", str(model))
     assert code == 2
     answer = json.loads(out)
-    assert answer["error"].startswith("DSP432 stock refuses this command line: RuntimeError: Failed to infer device")
+    assert answer["error"].startswith("DSP425 vLLM's platform here is UnspecifiedPlatform")
     assert [finding["code"] for finding in answer["findings"]] == ["DSP424"]
     assert "Traceback" not in log
 

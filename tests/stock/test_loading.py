@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from fresh import PROJECT, environment, interpreter, run, run_after_stock
-from this_stock import IMPORTABLE_FIRST, PRELUDE, STOCK_PLUGINS, SYNC, TARGETS
+from this_stock import IMPORTABLE_FIRST, PRELUDE, STOCK_PLUGINS, SYNC, TARGETS, WORKER_MODULE
 
 pytestmark = pytest.mark.timeout(1200)
 
@@ -24,7 +24,7 @@ import {module}
 import dp_sync_patch, json
 from vllm.plugins import load_general_plugins
 load_general_plugins()
-import vllm_ascend.worker.model_runner_v1
+import {WORKER_MODULE}
 print(json.dumps(dp_sync_patch.status()["units"]))
 """
     units, log = interpreter(code, VLLM_PLUGINS="dp_sync_patch")
