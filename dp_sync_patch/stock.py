@@ -19,7 +19,7 @@ class Stock:
 
     vllm: str
     vllm_ascend: str
-    # Whether `make matrix` is green for it. A version that was only read, or run in part, is not patched.
+    # Whether it has a row without failures in tests/versions/last_matrix.json. A version without one is not patched.
     has_been_run: bool
     # Stock skips the all_reduce on its own here, on conditions that do not hold on every rank (vllm-ascend#8240,
     # vllm-ascend#13826). In `sync` that is switched off, so a rank without the overlay would be alone with it.
