@@ -71,7 +71,6 @@ _0_12_0rc1 = replace(
     _0_11_0,
     vllm="0.12.0",
     vllm_ascend="0.12.0rc1",
-    has_been_run=False,
     own_skip=True,
     schedulers=_VLLM_SCHEDULERS | {_RECOMPUTE, _ASYNC_RECOMPUTE},
     recompute_schedulers=frozenset({_RECOMPUTE, _ASYNC_RECOMPUTE}),
@@ -97,7 +96,6 @@ _0_23_0 = replace(
     _0_18_0,
     vllm="0.23.0",
     vllm_ascend="0.23.0",
-    has_been_run=True,
     max_draft_passes=0,  # the tokens of some prompts differed between `skip` and `sync`; not traced yet
 )
 KNOWN = (_0_11_0, _0_12_0rc1, _0_13_0, _0_18_0, _0_23_0)
