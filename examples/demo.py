@@ -250,6 +250,8 @@ def node_environment(ledger: Path) -> dict[str, str]:
         "PYTHONHASHSEED": "0",
         "OMP_NUM_THREADS": "1",
         "VLLM_USE_V1": "1",
+        # What vLLM remembers about models differs between its versions; each environment keeps its own.
+        "VLLM_CACHE_ROOT": str(Path(sys.prefix) / "vllm_cache"),
         # Engines forked from the API server share its imports, which take half a minute per process otherwise.
         "VLLM_WORKER_MULTIPROC_METHOD": "fork",
         # Inductor's pool of compile workers is of no use in eager mode and costs each process another import.
