@@ -151,7 +151,6 @@ def latch(runner: Any) -> None:
 
     plan = make_plan(found, configured.mode, extra=_not_intact())
     verdict = None
-    state = plan.state
     if concerns(found):
         verdict = agreement.decide(
             _store(),
@@ -161,19 +160,33 @@ def latch(runner: Any) -> None:
             world_size=world_size,
             timeout_s=configured.agreement_timeout_s,
         )
-        if not verdict.agreed:
-            own_skip = stock.require().own_skip
-            # Where stock skips by itself, that goes for a rank that is switched off as well.
-            state = State.SYNC if own_skip else min(state, State.SYNC)
-            if verdict.code != "DSP201" and own_skip:
-                # Not merely a difference: nothing is known of some ranks, and without the overlay they follow stock's
-                # skip while the others wait for them in the all_reduce.
-                raise AgreementError(verdict.code, f"{verdict.why}; without the overlay they would skip alone")
+    state = settle(plan.state, verdict, own_skip=stock.require().own_skip)
     _latched = _Latched(configured, found, plan, state, verdict, rank, world_size)
     _report(_latched)
     if configured.mode == "require" and state is not State.SKIP:
         raise SkipRequiredError("DSP204", f"mode=require, but: {'; '.join(_why(_latched))}")
     _put_in_force(runner, state, plan)
+
+
+def settle(planned: State, verdict: agreement.Verdict | None, *, own_skip: bool) -> State:
+    """What is in force after the first round.
+
+    Args:
+        verdict: of all ranks; None where there was nothing to agree about.
+        own_skip: as in `stock.Stock`.
+
+    Raises:
+        AgreementError: nothing is known of some ranks, and without the overlay they follow stock's own skip while the
+            others wait for them in the all_reduce.
+    """
+    if verdict is None or verdict.agreed:
+        return planned
+    if not own_skip:
+        return min(planned, State.SYNC)
+    if verdict.code != "DSP201":  # more than a difference between ranks that have all answered
+        raise AgreementError(verdict.code, f"{verdict.why}; without the overlay they would skip alone")
+    # Stock skips by itself, on a rank that is switched off as well.
+    return State.SYNC
 
 
 def confirm(runner: Any) -> None:
