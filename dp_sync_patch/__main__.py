@@ -205,7 +205,7 @@ def _reason(reason: dict[str, str]) -> str:
 
 @contextlib.contextmanager
 def _stdout_to_stderr(quiet: bool) -> Iterator[None]:
-    """Stock logs to stdout, also from C: move the descriptor, so that `--json` prints JSON only."""
+    """Stock logs to stdout, also from C: move the descriptor too, so that `--json` prints JSON only."""
     if quiet:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         logging.captureWarnings(True)
@@ -213,7 +213,8 @@ def _stdout_to_stderr(quiet: bool) -> Iterator[None]:
     saved = os.dup(1)
     os.dup2(2, 1)
     try:
-        yield
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
     finally:
         sys.stdout.flush()
         os.dup2(saved, 1)
