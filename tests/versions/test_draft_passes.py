@@ -8,7 +8,6 @@ decode node, so they are prefilled there in pieces, between decode steps with dr
 from __future__ import annotations
 
 import json
-import random
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +37,13 @@ LONE_STEPS = 40  # of a request on rank 0 alone, field case 22
 # each length, whose tokens lead by 5/64 or more; a token that leads by 1/64 comes out differently now and then.
 TOGETHER = ((40, 12, 30), (7, 9, 123), (90, 10, 634), (6, 20, 304), (12, 16, 422), (33, 9, 532))
 IN_PIECES = (90, 10, 605)
+# Behind a prefill node: one is alone; the others arrive in a burst, shortly before they need a second block of 128
+# tokens. What is given back is prefilled with the tokens made so far, whose KV is then rounded in another way.
+ALONE = (20, 40, 1010)
+BURST = (
+    *((118, 16, 1111), (120, 16, 1310), (120, 16, 1303), (121, 16, 1407), (123, 16, 1608)),
+    *((123, 16, 1601), (125, 16, 1808), (126, 16, 1903), (126, 16, 1901)),
+)
 
 
 def seeded(*prompts: tuple[int, int, int]) -> list[Prompt]:
@@ -280,12 +286,9 @@ class HandedOver:
 def handed_over(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> HandedOver:
     """A decode node with so few KV blocks that two requests of a rank soon need more than there are."""
     configuration = Configuration(min(3, STOCK.max_draft_passes), 1, request.param)
-    draw = random.Random(9)
-    # One is alone; the others arrive in a burst, shortly before they need a second block of 128 tokens.
-    sizes = [(20, 40)] + [(draw.randint(100, 126), draw.randint(30, 50)) for _ in range(9)]
     load = [
         LoadRequest(index, min(index, 1) * 3.0, prompt, count)
-        for index, (prompt, count) in enumerate(make_prompts(sizes, seed=10))
+        for index, (prompt, count) in enumerate(seeded(ALONE, *BURST))
     ]
     prefill = ["--max-num-batched-tokens", "512", "--num-gpu-blocks-override", "64", *speculative(1)]
     prefill += ["--distributed-executor-backend", "uni", *(["--no-async-scheduling"] if ASYNC else [])]
