@@ -189,8 +189,9 @@ def _plan_lines(plan: dict[str, Any]) -> Iterator[str]:
     yield f"  graph mode {facts['graph_mode']}: {captures}; scheduler {facts['scheduler_cls']}"
     if plan["state"] == "skip":
         yield (
-            f"  in force: no DP metadata all_reduce; mc2_tokens_capacity {sizes['bound']}, captures "
-            f"{list(sizes['capture_sizes'])}, scheduler budget {sizes['token_budget']}"
+            f"  in force: no DP metadata all_reduce{', one of the graph mode per step' if plan['mode_sync'] else ''}; "
+            f"mc2_tokens_capacity {sizes['bound']}, captures {list(sizes['capture_sizes'])}, "
+            f"scheduler budget {sizes['token_budget']}"
         )
     elif plan["required_but_off"]:
         yield "  in force: mode=require, the node refuses to start"

@@ -106,7 +106,7 @@ def explain(words: Sequence[str], soc: str) -> dict[str, Any]:
         mc2_tokens_capacity=mc2_tokens_capacity(config),
         process_group_size=config.parallel_config.world_size_across_dp,
     )
-    plan = make_plan(found, configured.mode)
+    plan = make_plan(found, configured.mode, graph_mode=configured.graph_mode)
     sources = dict(configured.sources)
     return {
         "command": list(words),
@@ -114,6 +114,7 @@ def explain(words: Sequence[str], soc: str) -> dict[str, Any]:
         "state": plan.state.name.lower(),
         "reasons": [asdict(reason) for reason in plan.reasons],
         "sizes": asdict(plan.sizes),
+        "mode_sync": plan.mode_sync,
         "facts": asdict(found),
         "settings": {name: {"value": value, "source": sources[name]} for name, value in configured.values().items()},
         "required_but_off": configured.mode == "require" and plan.state is not State.SKIP,

@@ -58,6 +58,7 @@ class Plan:
     state: State
     reasons: tuple[Refusal, ...]
     sizes: Sizes
+    mode_sync: bool = False  # the graph mode is agreed on in every step, see patches/graph_mode.py
 
 
 @dataclass(frozen=True)
@@ -118,10 +119,19 @@ def _align(value: int, unit: int) -> int:
     return -(-value // unit) * unit
 
 
-def make_plan(facts: Facts, mode: str = "auto", extra: Iterable[Refusal] = ()) -> Plan:
-    """Apply all rules. `extra`: refusals found outside the configuration (a patch point that is not intact)."""
+def make_plan(facts: Facts, mode: str = "auto", extra: Iterable[Refusal] = (), *, graph_mode: str = "refuse") -> Plan:
+    """Apply all rules.
+
+    Args:
+        mode: this setting.
+        extra: refusals found outside the configuration (a patch point that is not intact).
+        graph_mode: this setting.
+    """
     sizes = compute_sizes(facts)
     broken = [rule for rule in RULES if not rule.holds(facts, sizes)]
+    mode_sync = graph_mode == "sync" and _mode_sync_helps(facts) and any(rule.code == "DSP122" for rule in broken)
+    if mode_sync:
+        broken = [rule for rule in broken if rule.code != "DSP122"]
     state = min((rule.state for rule in broken), default=State.SKIP)
     # Where a deployment is none of our business, or not a decode node, further conditions would only be noise.
     decisive = [rule for rule in broken if rule.state is State.OFF] or [r for r in broken if r.code == "DSP102"]
@@ -144,7 +154,13 @@ def make_plan(facts: Facts, mode: str = "auto", extra: Iterable[Refusal] = ()) -
         reasons = [Refusal("DSP005", "switched off by its own setting", "mode=off", "mode=auto", "mode=auto")]
     elif state is State.SKIP and reasons:
         state = State.SYNC
-    return Plan(state, tuple(reasons), sizes)
+    return Plan(state, tuple(reasons), sizes, mode_sync and state is State.SKIP)
+
+
+def _mode_sync_helps(facts: Facts) -> bool:
+    """Draft passes are not agreed on. With FULL_DECODE_ONLY none of them is a graph; with FULL_AND_PIECEWISE those of
+    an idle rank are not, and others are."""
+    return facts.graph_mode_known and (facts.graph_mode == "FULL_DECODE_ONLY" or not facts.num_speculative_tokens)
 
 
 def concerns(facts: Facts) -> bool:
@@ -302,7 +318,8 @@ RULES: tuple[Rule, ...] = (
     _rule("DSP122", "ranks may run different graph modes in one step", lambda f, s: not f.separate_routines,
           lambda f, s: f.graph_mode, "one graph routine for every batch, or none",
           lambda f, s: "--enforce-eager" if not f.graph_mode_known else
-          "--compilation-config '{\"cudagraph_mode\": \"PIECEWISE\"}' or --enforce-eager"),
+          "--compilation-config '{\"cudagraph_mode\": \"PIECEWISE\"}' or --enforce-eager"
+          + (" or DP_SYNC_PATCH_GRAPH_MODE=sync" if _mode_sync_helps(f) else "")),
     _rule("DSP123", "steps above the largest graph run eager, others as a graph",
           lambda f, s: f.graph_mode == "NONE" or s.token_budget <= max(s.capture_sizes, default=0),
           lambda f, s: f"captures up to {max(f.capture_sizes, default=0)}", lambda f, s: f"up to {s.token_budget}",

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The state of this process: installs the hooks, latches one verdict, answers `status`.
 
-Wrappers read `skip_sizes` only; None means stock behaviour. Stock modules are imported inside functions that only run
-in processes that have them.
+Wrappers read `skip_sizes`; None means stock behaviour. `sync_graph_mode` can be set beside it. Stock modules are imported
+inside functions that only run in processes that have them.
 """
 
 import os
@@ -39,6 +39,8 @@ class _Latched:
 
 
 skip_sizes: Sizes | None = None
+sync_graph_mode = False
+in_draft_passes = False  # set by `patches.metadata_sync`
 in_profile_run = False  # set by `patches.startup`; all ranks profile together
 _latched: _Latched | None = None
 _hooked: set[str] = set()
@@ -122,7 +124,7 @@ def engine_sizes(vllm_config: Any) -> Sizes | None:
     if _latched is not None:
         return skip_sizes
     configured = settings.load(vllm_config.additional_config)
-    plan = make_plan(_read_facts(vllm_config), configured.mode)
+    plan = make_plan(_read_facts(vllm_config), configured.mode, graph_mode=configured.graph_mode)
     return plan.sizes if plan.state is State.SKIP else None
 
 
@@ -149,7 +151,7 @@ def latch(runner: Any) -> None:
         _put_in_force(runner, _latched.state, _latched.plan)
         return
 
-    plan = make_plan(found, configured.mode, extra=_not_intact())
+    plan = make_plan(found, configured.mode, _not_intact(), graph_mode=configured.graph_mode)
     verdict = None
     if concerns(found):
         verdict = agreement.decide(
@@ -199,7 +201,7 @@ def confirm(runner: Any) -> None:
         return
     first = _latched
     found = _read_worker_facts(runner, first.facts.mc2_tokens_capacity, first.world_size)
-    plan = make_plan(found, first.settings.mode, extra=_not_intact())
+    plan = make_plan(found, first.settings.mode, _not_intact(), graph_mode=first.settings.graph_mode)
     moved: list[str] = []
     if plan.state is not State.SKIP:
         moved.extend(str(reason) for reason in plan.reasons)
@@ -223,7 +225,7 @@ def confirm(runner: Any) -> None:
 
 def _put_in_force(runner: Any, state: State, plan: Plan) -> None:
     """In `skip`: selector and captures follow the agreed bound, so that no MC2 call can exceed global_bs."""
-    global skip_sizes
+    global skip_sizes, sync_graph_mode
     if state is not State.SKIP:
         return
     sizes = plan.sizes
@@ -236,6 +238,7 @@ def _put_in_force(runner: Any, state: State, plan: Plan) -> None:
         compilation.init_with_cudagraph_sizes(list(sizes.capture_sizes))
         runner.aclgraph_batch_sizes = list(reversed(compilation.cudagraph_capture_sizes))
     skip_sizes = sizes
+    sync_graph_mode = plan.mode_sync
 
 
 def _read_worker_facts(runner: Any, capacity: int | None, world_size: int) -> Facts:
@@ -286,6 +289,7 @@ def _record(configured: Settings, found: Facts, plan: Plan) -> dict[str, Any]:
             "state": plan.state.name,
             "reasons": [str(reason) for reason in plan.reasons],
             "sizes": asdict(plan.sizes),
+            "mode_sync": plan.mode_sync,
         },
     }
 
@@ -332,11 +336,13 @@ def _report(latched: _Latched) -> None:
     if latched.state is State.SKIP:
         sizes = latched.plan.sizes
         logger.info(
-            "DSP000 skip: no DP metadata all_reduce on rank %d; bound %d tokens per DP rank, global_bs %d, EP size %d",
+            "DSP000 skip: no DP metadata all_reduce on rank %d; bound %d tokens per DP rank, global_bs %d, EP size "
+            "%d%s",
             latched.rank,
             sizes.bound,
             sizes.global_bs,
             latched.facts.ep_world_size,
+            "; the ranks agree on the graph mode of every step" if latched.plan.mode_sync else "",
         )
         return
     for reason in _why(latched):
@@ -372,7 +378,8 @@ def status() -> dict[str, Any]:
     if _latched is not None:
         result["state"] = _latched.state.name.lower()
         result["reasons"] = _why(_latched)
-        result["plan"] = {"state": _latched.plan.state.name.lower(), **asdict(_latched.plan.sizes)}
+        plan = _latched.plan
+        result["plan"] = {"state": plan.state.name.lower(), "mode_sync": plan.mode_sync, **asdict(plan.sizes)}
         result["verdict"] = asdict(_latched.verdict) if _latched.verdict is not None else None
     elif not _armed:
         result["state"] = "off"

@@ -49,8 +49,9 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     # auto: skip where it is proven safe. off: stock; the environment patches nothing, additional_config is known
     # too late for that, so the wrappers pass everything through. require: refuse to start when the skip cannot be on.
     "mode": _choice("auto", "off", "require"),
-    # What to do where one rank may run a FULL graph while another runs eager in the same step.
-    "graph_mode": _choice("refuse"),
+    # What to do where one rank may run a FULL graph while another runs eager in the same step. refuse: no skip.
+    # sync: the skip, with an all_reduce of one int in each step, so that all ranks use the lowest mode of them.
+    "graph_mode": _choice("refuse", "sync"),
     # How long the ranks wait for each other at start-up.
     "agreement_timeout_s": _seconds,
     # on: VLLM_PLUGINS=dp_sync_patch still loads the plugins of vllm-ascend; off: plain filtering as in vLLM.

@@ -233,7 +233,7 @@ STAND_INS = {
 def points_of(unit: str, version: str) -> list[PatchPoint]:
     """The points of a unit for one vllm-ascend version. Imports the wrappers, hence torch: never at package import."""
     modules = {
-        "worker": ("startup", "metadata_sync", "comm_selector", "mc2_arguments"),
+        "worker": ("startup", "metadata_sync", "graph_mode", "comm_selector", "mc2_arguments"),
         "engine": ("scheduler_bound",),
     }
     found: list[PatchPoint] = []

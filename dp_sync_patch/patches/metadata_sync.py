@@ -98,19 +98,27 @@ def level_draft_passes(
 
     Stock's proposer stops after the first of k passes when with_prefill is set, on all ranks because the all_reduce
     spread the flag. With a local flag that rank would issue fewer MC2 operators than its peers, and they would hang.
-    The missing passes are run as dummies, the way an idle rank runs them: no attention, no KV writes, result dropped.
     """
-    drafts = wrapped(*args, **kwargs)
-    runner = instance.runner
-    passes = instance.num_speculative_tokens
-    if runtime.skip_sizes is None or passes == 1 or not runner.with_prefill:
+    runtime.in_draft_passes = True
+    try:
+        drafts = wrapped(*args, **kwargs)
+        if runtime.skip_sizes is not None and instance.num_speculative_tokens > 1 and instance.runner.with_prefill:
+            _run_missing_passes(instance)
         return drafts
+    finally:
+        runtime.in_draft_passes = False
+
+
+def _run_missing_passes(proposer: Any) -> None:
+    """As dummies, the way an idle rank runs them: no attention, no KV writes, result dropped."""
+    runner = proposer.runner
+    passes = proposer.num_speculative_tokens
     metrics.counts.draft_passes_added += passes - 1
     num_tokens = _local_result(runner, runner.decode_token_per_req, False, False)[0]
     mode, descriptor = runner.aclgraph_dispatcher.dispatch(BatchDescriptor(num_tokens=num_tokens, uniform_decode=False))
-    instance.num_speculative_tokens = passes - 1  # dummy_run makes this many passes
+    proposer.num_speculative_tokens = passes - 1  # dummy_run makes this many passes
     try:
-        instance.dummy_run(
+        proposer.dummy_run(
             num_tokens=num_tokens,
             with_prefill=False,
             skip_attn=True,
@@ -118,8 +126,7 @@ def level_draft_passes(
             batch_descriptor=descriptor,
         )
     finally:
-        instance.num_speculative_tokens = passes
-    return drafts
+        proposer.num_speculative_tokens = passes
 
 
 _RUNNER = "vllm_ascend.worker.model_runner_v1"

@@ -4,7 +4,8 @@
 What decides here is the overlay itself: `make_plan`, `agreement.decide`, `runtime.settle` and the wrappers around the
 sync functions, the selector, the MC2 arguments, the drafts and the scheduler's budget. What they wrap is a model of
 stock, written down from its behaviour: the scheduler's step, the dummy of an idle rank, padding to graphs, the choice
-of the method, the draft passes, and vLLM's vote on going on. tests/versions runs the same wrappers on stock itself.
+of the method, the draft passes, and vLLM's vote on going on. The graph dispatcher is vLLM's own. tests/versions runs
+the same wrappers on stock itself.
 
 A step of a rank is the list of what it does together with others. A step is in order when these lists can meet: the
 same operators in the same order, with arguments that the operator documentation allows together.
@@ -19,12 +20,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from vllm.config import CUDAGraphMode
+from vllm.forward_context import BatchDescriptor
+from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
 
 from dp_sync_patch import agreement, runtime, settings
 from dp_sync_patch.agreement import Verdict
 from dp_sync_patch.errors import AgreementError, MC2OnlyError
 from dp_sync_patch.facts import Facts
-from dp_sync_patch.patches import comm_selector, mc2_arguments, metadata_sync, scheduler_bound
+from dp_sync_patch.patches import comm_selector, graph_mode, mc2_arguments, metadata_sync, scheduler_bound
 from dp_sync_patch.plan import OPERATOR_LIMIT, Plan, Sizes, State, concerns, make_plan
 
 VOTE_EVERY = 4  # steps; 32 in vLLM
@@ -64,7 +68,8 @@ class Node:
 
     facts: tuple[Facts, ...]
     overlay: tuple[bool, ...]
-    modes: tuple[str, ...]  # of the setting
+    modes: tuple[str, ...]  # this setting of each rank
+    graph_mode: str  # this setting
 
     @property
     def behaviour(self) -> Behaviour:
@@ -72,7 +77,12 @@ class Node:
 
 
 def node(
-    facts: Facts, changed: dict[int, Facts] | None = None, *, without: Iterable[int] = (), off: Iterable[int] = ()
+    facts: Facts,
+    changed: dict[int, Facts] | None = None,
+    *,
+    without: Iterable[int] = (),
+    off: Iterable[int] = (),
+    graph_mode: str = "refuse",
 ) -> Node:
     """`changed`: ranks that have been configured otherwise; `without`: those that have no overlay; `off`: mode=off."""
     ranks = range(facts.data_parallel_size)
@@ -80,6 +90,7 @@ def node(
         tuple((changed or {}).get(rank, facts) for rank in ranks),
         tuple(rank not in set(without) for rank in ranks),
         tuple("off" if rank in set(off) else "auto" for rank in ranks),
+        graph_mode,
     )
 
 
@@ -128,8 +139,9 @@ def start(deployment: Node) -> list[Decision | None]:
 
     def begin(rank: int) -> None:
         facts = deployment.facts[rank]
-        configured = settings.load({"dp_sync_patch": {"mode": deployment.modes[rank]}})
-        plan = make_plan(facts, configured.mode)
+        given = {"mode": deployment.modes[rank], "graph_mode": deployment.graph_mode}
+        configured = settings.load({"dp_sync_patch": given})
+        plan = make_plan(facts, configured.mode, graph_mode=configured.graph_mode)
         verdict = None
         if concerns(facts):
             record = runtime._record(configured, facts, plan)
@@ -247,6 +259,7 @@ class Rank:
     rank: int
     events: list[tuple[Any, ...]] = field(default_factory=list)
     peers: list[tuple[int, bool]] = field(default_factory=list)  # token count and with_prefill of all ranks
+    modes: list[int] = field(default_factory=list)  # graph mode of all ranks
 
     def __post_init__(self) -> None:
         self.with_prefill = False
@@ -261,7 +274,8 @@ class Rank:
         self.aclgraph_batch_sizes = sorted(captures) if self.use_aclgraph else []
         self.capacity = sizes.bound if sizes else self.facts.mc2_tokens_capacity or 0
         self.vllm_config = SimpleNamespace(pad_for_cudagraph=self.pad)
-        self.aclgraph_dispatcher = SimpleNamespace(dispatch=lambda descriptor: (None, None))
+        self.graphs = self._graphs()
+        self.aclgraph_dispatcher = SimpleNamespace(dispatch=self.dispatch)
         self.scheduler = Scheduler(self.facts, self.facts.max_num_batched_tokens)
         self.dispatcher = SimpleNamespace(need_expert_scale=bool(self.facts.hierarchy), ep_rank_id=self.rank)
         # Latched where the dispatchers are built.
@@ -275,7 +289,10 @@ class Rank:
         """`stock` as this rank has it: with the overlay's wrapper, or without."""
         if self.decision is None:
             return stock(*args, **kwargs)
+        global _acting
+        _acting = self
         runtime.skip_sizes = self.skip_sizes
+        runtime.sync_graph_mode = self.decision.plan.mode_sync
         runtime._latched = self.decision  # type: ignore[assignment]  # it has what is read here
         return wrapper(stock, self, args, kwargs)
 
@@ -286,7 +303,8 @@ class Rank:
     def clamp(self) -> None:
         self.wrapped(scheduler_bound.clamp_token_budget, lambda: None)
 
-    # A step: its tokens first, so that the all_reduce of any rank has an answer, then the target, then the drafts.
+    # A step: its tokens first, so that the all_reduce of any rank has an answer, then its graph mode, for the same
+    # reason, then the target and the drafts.
 
     def begin(self) -> tuple[int, bool]:
         self.step = self.scheduler.schedule()
@@ -298,13 +316,17 @@ class Rank:
             return self.decode_token_per_req, False  # the dummy of an idle rank
         return self.pad(tokens), prefill
 
-    def target(self, num_tokens: int, prefill: bool) -> tuple[int, bool]:
-        tokens, self.with_prefill = self.synchronised("target", num_tokens, prefill)
-        self.forward("target", tokens, self.uniform)
+    def synchronise(self, num_tokens: int, prefill: bool) -> int:
+        self.tokens, self.with_prefill = self.synchronised("target", num_tokens, prefill)
+        mode: int = self.graphs.dispatch(BatchDescriptor(self.tokens, self.uniform))[0].value
+        return mode
+
+    def target(self) -> None:
+        self.mode, _ = self.dispatch(BatchDescriptor(self.tokens, self.uniform))
+        self.forward("target", self.tokens, self.mode != CUDAGraphMode.NONE)
         for attribute in _GATHERS:
             if getattr(self.facts, attribute) not in ("", 1):
-                self.events.append(("gather", attribute, tokens))
-        return num_tokens, prefill
+                self.events.append(("gather", attribute, self.tokens))
 
     def drafts(self, num_tokens: int, prefill: bool) -> None:
         if not self.facts.num_speculative_tokens:
@@ -314,20 +336,41 @@ class Rank:
         elif self.step:
             self.wrapped(metadata_sync.level_draft_passes, self._propose, num_tokens, prefill)
         else:
-            self.dummy_run(num_tokens)
+            self.dummy_run(num_tokens, aclgraph_runtime_mode=self.mode)
 
     def _propose(self, num_tokens: int, prefill: bool) -> None:
         tokens, with_prefill = self.synchronised("drafts", num_tokens, prefill)
         stop = with_prefill and self.behaviour.drafts_stop_after_prefill
+        mode, _ = self.dispatch(BatchDescriptor(tokens, False))
         for _ in range(1 if stop else self.num_speculative_tokens):
-            self.forward("draft", tokens, False)
+            self.forward("draft", tokens, mode == CUDAGraphMode.PIECEWISE)  # the drafter has no FULL graphs
 
-    def dummy_run(self, num_tokens: int, **_: Any) -> None:
+    def dummy_run(self, num_tokens: int, aclgraph_runtime_mode: CUDAGraphMode, **_: Any) -> None:
         tokens, with_prefill = self.synchronised("drafts", num_tokens, False)
         # The idle rank of 0.13.0 does not ask for the flag; 0.11.0 and 0.13.0 both run all passes but for it.
         stop = with_prefill and self.behaviour.drafts_stop_after_prefill
         for _ in range(1 if stop else self.num_speculative_tokens):
-            self.forward("draft", tokens, False)
+            self.forward("draft", tokens, aclgraph_runtime_mode == CUDAGraphMode.PIECEWISE)
+
+    def dispatch(self, descriptor: BatchDescriptor) -> Any:
+        """Of the graph dispatcher."""
+        stock = self.graphs.dispatch
+        if self.behaviour.own_skip:
+            return stock(descriptor)  # not patched there
+        return self.wrapped(
+            lambda wrapped, _, args, kwargs: graph_mode.agree_on_graph_mode(wrapped, self.graphs, args, kwargs),
+            stock,
+            descriptor,
+        )
+
+    def _graphs(self) -> CudagraphDispatcher:
+        """vLLM's own, with what it reads of the configuration."""
+        graphs = CudagraphDispatcher.__new__(CudagraphDispatcher)
+        graphs.compilation_config = SimpleNamespace(cudagraph_capture_sizes=self.aclgraph_batch_sizes)
+        graphs.vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=self.facts.max_num_seqs))
+        graphs.cudagraph_keys = {CUDAGraphMode.PIECEWISE: set(), CUDAGraphMode.FULL: set()}
+        graphs.initialize_cudagraph_keys(CUDAGraphMode[self.facts.graph_mode], self.decode_token_per_req)
+        return graphs
 
     def synchronised(self, phase: str, num_tokens: int, prefill: bool) -> tuple[int, bool]:
         """`_sync_metadata_across_dp`."""
@@ -364,7 +407,7 @@ class Rank:
         prefill = any(flag for _, flag in self.peers)
         return tokens, torch.full((self.dp_size,), tokens, dtype=torch.int32), prefill, False
 
-    def forward(self, name: str, num_tokens: int, uniform: bool) -> None:
+    def forward(self, name: str, num_tokens: int, in_graph: bool) -> None:
         """The MoE layers of one pass, as one."""
         method = self.wrapped(comm_selector.assert_mc2, self._select, num_tokens)
         rows = -(-num_tokens // self.facts.tensor_parallel_size)
@@ -373,7 +416,8 @@ class Rank:
             if method.name == "MC2":
                 arguments = self.wrapped(self._fixed, self._mc2_arguments, rows)
                 mask = "x_active_mask" in arguments
-                self.events.append(("MC2", name, rows, arguments["global_bs"], mask, self._mode(num_tokens, uniform)))
+                how = "graph" if in_graph else "eager"
+                self.events.append(("MC2", name, rows, arguments["global_bs"], mask, how))
             else:
                 self.events.append((method.name, name, rows))
 
@@ -402,17 +446,20 @@ class Rank:
             name = "MC2" if num_tokens <= self.capacity else "ALLTOALL"
         return SimpleNamespace(name=name)
 
-    def _mode(self, num_tokens: int, uniform: bool) -> str:
-        fits = num_tokens in self.aclgraph_batch_sizes
-        if self.facts.separate_routines:
-            return "graph" if fits and uniform else "eager"
-        return "graph" if fits else "eager"
+
+_acting: Rank  # whose wrapper runs
+
+
+def lowest(mode: int) -> int:
+    """In place of the all_reduce of the graph mode."""
+    _acting.events.append(("all_reduce", "mode"))
+    return min(_acting.modes)
 
 
 def judge(ranks: Sequence[Rank]) -> None:
     """Whether what the ranks did in one step, or in one pass before the first, can meet. Raises Violation."""
     for number, together in enumerate(zip(*(rank.events for rank in ranks), strict=False)):
-        kinds = {event[:2] if event[0] == "gather" else event[0] for event in together}
+        kinds = {event[:2] if event[0] in ("gather", "all_reduce") else event[0] for event in together}
         where = f"operator {number} of the step: {together}"
         if len(kinds) > 1:
             raise Violation(f"ranks wait for each other in different operators, {where}")
@@ -446,7 +493,8 @@ def _judge_mc2(facts: Facts, together: Sequence[tuple[Any, ...]], where: str) ->
 @dataclass(frozen=True)
 class Outcome:
     steps: int
-    all_reduces: int  # of one rank
+    all_reduces: int  # of one rank, of the DP metadata
+    mode_syncs: int  # of one rank, of the graph mode
     ragged: int  # MC2 calls with different row counts
 
 
@@ -469,6 +517,7 @@ def serve(deployment: Node, decisions: Sequence[Decision | None], schedule: Sequ
         raise Violation(f"a rank ends: {error}") from error
     finally:
         runtime.skip_sizes = runtime._latched = None
+        runtime.sync_graph_mode = False
 
 
 def _serve(ranks: list[Rank], schedule: Sequence[Sequence[str]]) -> Outcome:
@@ -476,13 +525,15 @@ def _serve(ranks: list[Rank], schedule: Sequence[Sequence[str]]) -> Outcome:
         rank.clamp()
     for size in ranks[0].facts.compile_sizes:
         _together(ranks, [(size, False)] * len(ranks), drafts=False)
-    steps = all_reduces = ragged = 0
+    steps = all_reduces = mode_syncs = ragged = 0
     while True:
         for rank, arrival in zip(ranks, schedule[steps] if steps < len(schedule) else (), strict=False):
             rank.scheduler.arrive(arrival)
         counts = [rank.begin() for rank in ranks]
         _together(ranks, counts, drafts=True)
-        all_reduces += sum(event[0] == "all_reduce" for event in ranks[0].events)
+        found = [event[1] for event in ranks[0].events if event[0] == "all_reduce"]
+        mode_syncs += found.count("mode")
+        all_reduces += len(found) - found.count("mode")
         ragged += sum(
             calls[0][0] == "MC2" and len({call[2] for call in calls}) > 1
             for calls in zip(*(rank.events for rank in ranks), strict=True)
@@ -491,7 +542,7 @@ def _serve(ranks: list[Rank], schedule: Sequence[Sequence[str]]) -> Outcome:
             rank.scheduler.update(rank.step, accepted=(steps + rank.rank) % (1 + rank.facts.num_speculative_tokens))
         steps += 1
         if steps >= len(schedule) and steps % VOTE_EVERY == 0 and not any(r.scheduler.unfinished for r in ranks):
-            return Outcome(steps, all_reduces, ragged)
+            return Outcome(steps, all_reduces, mode_syncs, ragged)
         if steps > len(schedule) + _DRAINED:
             raise Violation("a request is never computed")
 
@@ -501,8 +552,10 @@ def _together(ranks: list[Rank], counts: list[tuple[int, bool]], *, drafts: bool
         if not drafts:
             rank.events, rank.step, rank.uniform = [], [], True
         rank.peers = counts
-    after = [rank.target(*count) for rank, count in zip(ranks, counts, strict=True)]
-    for rank, count in zip(ranks, after, strict=True):
+    modes = [rank.synchronise(*count) for rank, count in zip(ranks, counts, strict=True)]
+    for rank, count in zip(ranks, counts, strict=True):
+        rank.modes = modes
+        rank.target()
         if drafts:
             rank.drafts(*count)
     judge(ranks)

@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 import simulated_ranks
 from decode_node import decode_node
-from simulated_ranks import ARRIVALS, Decision, Node, Outcome, Violation, node, serve, start
+from simulated_ranks import ARRIVALS, STOCK, Decision, Node, Outcome, Rank, Violation, node, serve, start
+from vllm.config import CUDAGraphMode
+from vllm.forward_context import BatchDescriptor
 
 from dp_sync_patch import agreement, metrics, plan, runtime
-from dp_sync_patch.errors import AgreementError, logger
+from dp_sync_patch.errors import AgreementError, MC2OnlyError, logger
 from dp_sync_patch.facts import Facts
-from dp_sync_patch.patches import comm_selector, mc2_arguments, metadata_sync, scheduler_bound
+from dp_sync_patch.patches import comm_selector, graph_mode, mc2_arguments, metadata_sync, scheduler_bound
 from dp_sync_patch.plan import State
 
 SEED = 20261127
@@ -39,7 +41,7 @@ def small(stock: str, drafts: int = 0, **changes: Any) -> Facts:
 def graphs(stock: str, drafts: int = 0, mode: str = "PIECEWISE", **changes: Any) -> Facts:
     q = 1 + drafts
     captures = changes.pop("capture_sizes", (q, 2 * q, REQUESTS * q))
-    separate = mode == "FULL_DECODE_ONLY"
+    separate = mode != "PIECEWISE"
     return small(stock, drafts, graph_mode=mode, separate_routines=separate, capture_sizes=captures, **changes)
 
 
@@ -53,6 +55,12 @@ SKIPPING = {
     "0.13.0, one draft": small("0.13.0", 1),
     "0.18.0": small("0.18.0"),
     "0.18.0, two drafts": small("0.18.0", 2),
+}
+# With graph_mode=sync.
+AGREEING = {
+    "0.11.0, graphs of decode batches": graphs("0.11.0", 0, "FULL_DECODE_ONLY"),
+    "0.11.0, graphs of decode batches and two drafts": graphs("0.11.0", 2, "FULL_DECODE_ONLY"),
+    "0.11.0, two kinds of graphs": graphs("0.11.0", 0, "FULL_AND_PIECEWISE"),
 }
 SYNCHRONISED = {
     "0.11.0, kv_both": small("0.11.0", 2, kv_role="kv_both"),
@@ -68,6 +76,9 @@ SYNCHRONISED = {
 def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No thread that exports metrics, and no line for each of thousands of clamped schedulers."""
     monkeypatch.setattr(metrics, "start_in_workers", lambda engine: None)
+    monkeypatch.setattr(graph_mode, "lowest", simulated_ranks.lowest)
+    for name in ("skip_sizes", "_latched", "sync_graph_mode", "in_draft_passes"):
+        monkeypatch.setattr(runtime, name, getattr(runtime, name))  # put back afterwards
     level = logger.level
     logger.setLevel(logging.WARNING)
     yield
@@ -99,40 +110,45 @@ def run_all(deployment: Node, schedules: Iterator[Sequence[Sequence[str]]]) -> t
             violation.add_note(f"schedule: {schedule}")
             raise
     return decisions, Outcome(
-        *(sum(getattr(one, name) for one in found) for name in ("steps", "all_reduces", "ragged"))
+        *(sum(getattr(one, name) for one in found) for name in ("steps", "all_reduces", "mode_syncs", "ragged"))
     )
 
 
-def assert_state(facts: Facts, expected: State, schedules: Iterator[Sequence[Sequence[str]]]) -> None:
-    decisions, outcome = run_all(node(facts), schedules)
+def assert_state(
+    facts: Facts, expected: State, schedules: Iterator[Sequence[Sequence[str]]], graph_mode: str = "refuse"
+) -> None:
+    decisions, outcome = run_all(node(facts, graph_mode=graph_mode), schedules)
     assert {decision.state for decision in decisions if decision} == {expected}
     passes = 2 if facts.num_speculative_tokens else 1
     assert outcome.all_reduces == (0 if expected is State.SKIP else passes * outcome.steps)
+    assert outcome.mode_syncs == (outcome.steps if graph_mode == "sync" else 0)
     assert (outcome.ragged > 0) == (expected is State.SKIP)
 
 
 DEPLOYMENTS = [
     pytest.param(replace(facts, data_parallel_size=ranks, process_group_size=ranks * facts.tensor_parallel_size), state,
-                 id=f"{state.name.lower()}, DP{ranks}, {name}")
-    for state, group in ((State.SKIP, SKIPPING), (State.SYNC, SYNCHRONISED))
+                 setting, id=f"{state.name.lower()}, DP{ranks}, {name}")
+    for state, setting, group in (
+        (State.SKIP, "refuse", SKIPPING), (State.SKIP, "sync", AGREEING), (State.SYNC, "refuse", SYNCHRONISED)
+    )
     for name, facts in group.items()
     for ranks in (2, 4)
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("facts", "state"), DEPLOYMENTS)
-def test_ranks_meet_in_all_that_they_do(facts: Facts, state: State) -> None:
-    assert_state(facts, state, drawn(facts.data_parallel_size, 6, 60))
+@pytest.mark.parametrize(("facts", "state", "setting"), DEPLOYMENTS)
+def test_ranks_meet_in_all_that_they_do(facts: Facts, state: State, setting: str) -> None:
+    assert_state(facts, state, drawn(facts.data_parallel_size, 6, 60), setting)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize(("facts", "state"), DEPLOYMENTS)
-def test_ranks_meet_in_many_schedules(facts: Facts, state: State) -> None:
+@pytest.mark.parametrize(("facts", "state", "setting"), DEPLOYMENTS)
+def test_ranks_meet_in_many_schedules(facts: Facts, state: State, setting: str) -> None:
     """All that there are of two ranks and two steps, or of four ranks and one; and 5,000 drawn ones of six steps."""
     ranks = facts.data_parallel_size
-    assert_state(facts, state, exhaustive(ranks, 4 // ranks))
-    assert_state(facts, state, drawn(ranks, 6, 5_000))
+    assert_state(facts, state, exhaustive(ranks, 4 // ranks), setting)
+    assert_state(facts, state, drawn(ranks, 6, 5_000), setting)
 
 
 # The model shows what stock does without the overlay: the hazards are in it.
@@ -248,6 +264,24 @@ def test_the_plan_without_a_condition_is_caught(monkeypatch: pytest.MonkeyPatch,
         run_all(node(facts), few(facts))
 
 
+def _decoding_in_graphs(drafts: int) -> Node:
+    return node(graphs("0.11.0", drafts, "FULL_DECODE_ONLY"), graph_mode="sync")
+
+
+def _highest(mode: int) -> int:
+    simulated_ranks.lowest(mode)
+    return max(simulated_ranks._acting.modes)
+
+
+def _agreeing_in_drafts(*call: Any) -> Any:
+    runtime.in_draft_passes = False
+    return _real_agreement(*call)
+
+
+def _always(*_: Any) -> bool:
+    return True
+
+
 def _never(*_: Any, **__: Any) -> Any:
     return False
 
@@ -276,6 +310,7 @@ def _keeping(name: str) -> Callable[..., Any]:
 
 
 _real_sizes = plan.compute_sizes
+_real_agreement = graph_mode.agree_on_graph_mode
 
 
 def _without_padding(facts: Facts) -> plan.Sizes:
@@ -310,6 +345,13 @@ MUTANTS: dict[str, tuple[Any, str, Any, Node]] = {
     "a bound without the padding to graphs":
         (plan, "compute_sizes", _without_padding, node(graphs("0.11.0", capture_sizes=(1, 8), mc2_tokens_capacity=8))),
     "ranks are not compared": (agreement, "_judge", _always_agreed, DIFFERENT["0.11.0: another max_num_seqs"]),
+    "the graph mode is not agreed on":
+        (graph_mode, "agree_on_graph_mode", _unwrapped, _decoding_in_graphs(2)),
+    "the highest graph mode": (graph_mode, "lowest", _highest, _decoding_in_graphs(0)),
+    "drafts agree on the graph mode too":
+        (graph_mode, "agree_on_graph_mode", _agreeing_in_drafts, _decoding_in_graphs(2)),
+    "drafts in two kinds of graphs":
+        (plan, "_mode_sync_helps", _always, node(graphs("0.11.0", 2, "FULL_AND_PIECEWISE"), graph_mode="sync")),
     "the verdict is not heeded": (runtime, "settle", _as_planned, DIFFERENT["0.18.0: another max_num_seqs"]),
     "a missing rank is no error": (runtime, "settle", _at_most_sync, node(small("0.18.0"), without=[1])),
     "a rank that is switched off follows stock":
@@ -351,6 +393,17 @@ def test_the_assertion_turns_a_hang_into_an_error(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(comm_selector, "assert_mc2", _unwrapped)
     with pytest.raises(Violation, match="ranks wait for each other in different operators"):
         run_all(node(facts), few(facts))
+
+
+def test_a_rank_without_a_graph_of_the_common_mode_ends() -> None:
+    """The dispatcher makes no such keys, so they are taken away here."""
+    facts = AGREEING["0.11.0, two kinds of graphs"]
+    decision = start(node(facts, graph_mode="sync"))[0]
+    rank = Rank(STOCK["0.11.0"], facts, decision, 0, modes=[CUDAGraphMode.FULL.value, CUDAGraphMode.PIECEWISE.value])
+    assert rank.dispatch(BatchDescriptor(2, True)) == (CUDAGraphMode.PIECEWISE, BatchDescriptor(2, False))
+    rank.graphs.cudagraph_keys[CUDAGraphMode.PIECEWISE].clear()
+    with pytest.raises(MC2OnlyError, match="DSP303 DP rank 0: a batch of 2 tokens has no PIECEWISE graph"):
+        rank.dispatch(BatchDescriptor(2, True))
 
 
 def test_the_vote_is_the_only_thing_that_ends_a_run() -> None:

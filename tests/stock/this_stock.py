@@ -34,6 +34,7 @@ _WORKER = {
         *_METHODS,
         _SYNC,
         "vllm_ascend.spec_decode.mtp_proposer:MtpProposer._propose",
+        "vllm.v1.cudagraph_dispatcher:CudagraphDispatcher.dispatch",
         _SELECTOR_METHOD,
         *_dispatcher("vllm_ascend.ops.moe", "token_dispatch"),
     ),

@@ -108,6 +108,32 @@ def test_switched_off() -> None:
     assert [reason.code for reason in plan.reasons] == ["DSP005"]
 
 
+@pytest.mark.parametrize(
+    ("mode", "drafts", "known", "agrees"),
+    [
+        ("FULL_DECODE_ONLY", 0, True, True),
+        ("FULL_DECODE_ONLY", 2, True, True),
+        ("FULL_AND_PIECEWISE", 0, True, True),
+        ("FULL_AND_PIECEWISE", 2, True, False),  # drafts of an idle rank are not in graphs, others are
+        ("FULL_DECODE_ONLY", 0, False, False),
+    ],
+)
+def test_separate_routines_with_an_agreed_graph_mode(mode: str, drafts: int, known: bool, agrees: bool) -> None:
+    facts = graph_node(
+        [32, 96], graph_mode=mode, separate_routines=True, num_speculative_tokens=drafts, graph_mode_known=known
+    )
+    refused = make_plan(facts)
+    assert (refused.state, refused.mode_sync) == (State.SYNC, False)
+    assert ("DP_SYNC_PATCH_GRAPH_MODE=sync" in refused.reasons[0].flag) == agrees
+    plan = make_plan(facts, graph_mode="sync")
+    assert (plan.state, plan.mode_sync) == ((State.SKIP, True) if agrees else (State.SYNC, False))
+
+
+def test_no_graph_mode_is_agreed_on_where_all_batches_have_the_same() -> None:
+    plan = make_plan(graph_node([32]), graph_mode="sync")
+    assert (plan.state, plan.mode_sync) == (State.SKIP, False)
+
+
 def test_a_refusal_from_outside_the_configuration_prevents_the_skip() -> None:
     plan = make_plan(decode_node(), extra=[Refusal("DSP009", "replaced", "other", "ours", "")])
     assert plan.state is State.SYNC

@@ -44,7 +44,7 @@ def test_environment_wins_over_additional_config() -> None:
         ({"mode": "on"}, {}, "DSP402", "auto, off, require"),
         ({"mode": True}, {}, "DSP402", "auto, off, require"),
         ({}, {"DP_SYNC_PATCH_MODE": ""}, "DSP402", "environment"),
-        ({"graph_mode": "sync"}, {}, "DSP402", "refuse"),
+        ({"graph_mode": "always"}, {}, "DSP402", "refuse, sync"),
         ({"agreement_timeout_s": True}, {}, "DSP402", "seconds"),
         ({"agreement_timeout_s": [1]}, {}, "DSP402", "seconds"),
         ({}, {"DP_SYNC_PATCH_AGREEMENT_TIMEOUT_S": "soon"}, "DSP402", "seconds"),
