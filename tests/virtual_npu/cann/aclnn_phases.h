@@ -11,8 +11,7 @@
 
 #include "aclnn_tensor.h"
 #include "error.h"
-
-using aclrtStream = void*;
+#include "graph.h"
 
 namespace vnpu {
 
@@ -32,12 +31,24 @@ int prepare(const char* name, uint64_t* workspace_size, aclOpExecutor** executor
     }
 }
 
-// Phase 2: runs the call and frees it.
-inline int launch(const char* name, aclOpExecutor* executor) {
+// Phase 2: runs the call and frees it, or hands it to the graph that the stream is captured for.
+inline int launch(const char* name, aclOpExecutor* executor, aclrtStream stream) {
     try {
         if (executor == nullptr) throw std::invalid_argument("executor is null");
-        const std::unique_ptr<aclOpExecutor> call(executor);
-        call->run();
+        std::shared_ptr<aclOpExecutor> call(executor);
+        const Turn turn = graph_turn(stream, name);
+        if (turn == Turn::kRun) {
+            call->run();
+            return ACL_SUCCESS;
+        }
+        if (turn == Turn::kRecord) call->leave_results();
+        graph_record(stream, [call, name] {
+            try {
+                call->run();
+            } catch (const std::exception& error) {
+                throw std::runtime_error(std::string(name) + " in a graph: " + error.what());
+            }
+        });
         return ACL_SUCCESS;
     } catch (const std::exception& error) {
         set_error(std::string(name) + ": " + error.what());

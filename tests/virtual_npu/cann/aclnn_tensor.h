@@ -42,10 +42,12 @@ struct aclScalarList {
     std::vector<const aclScalar*> scalars;
 };
 
-// What the first phase of an aclnn operator leaves for the second.
+// What the first phase of an aclnn operator leaves for the second. It owns its arguments: a graph runs it again and again.
 struct aclOpExecutor {
     virtual ~aclOpExecutor() = default;
     virtual void run() = 0;  // throws std::exception
+    // Instead of run during a capture: values that the operators after it can be computed with, for their shapes.
+    virtual void leave_results() = 0;
 };
 
 namespace vnpu {

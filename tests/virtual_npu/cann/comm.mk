@@ -2,7 +2,7 @@
 # The communication half of the virtual NPU alone, for its own tests:
 #   make -f cann/comm.mk PYTHON=<venv>/bin/python BUILD=<folder> [SANITIZE=1]      builds BUILD/libvirtual_comm.so
 #   make -f cann/comm.mk PYTHON=<venv>/bin/python BUILD=<folder> SANITIZE=1 check-sanitized     and runs the tests on it
-COMM_SOURCES := settings.cpp error.cpp ledger.cpp shm.cpp hccl.cpp aclnn_tensor.cpp aclnn_pad.cpp mc2_limits.cpp mc2.cpp
+COMM_SOURCES := settings.cpp error.cpp graph.cpp ledger.cpp shm.cpp hccl.cpp aclnn_tensor.cpp aclnn_pad.cpp mc2_limits.cpp mc2.cpp
 
 PYTHON ?= python3
 BUILD ?= ../../build/virtual_comm

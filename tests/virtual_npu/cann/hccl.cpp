@@ -26,6 +26,7 @@ const char* HcclGetErrorString(HcclResult code);
 #include <type_traits>
 
 #include "error.h"
+#include "graph.h"
 #include "half.h"
 #include "ledger.h"
 #include "shm.h"
@@ -146,7 +147,7 @@ void copy(char* to, const char* from, uint64_t bytes) {
 void log(const Comm& comm, OpKind kind, uint64_t ordinal, uint64_t bytes, double host_us) {
     Fields event("collective");
     event.comm(comm.name(), ordinal, comm.rank(), comm.size()).add("kind", op_name(kind)).add("bytes", bytes);
-    ledger_event(event.add("host_us", host_us));
+    ledger_event(event.add("mode", in_graph() ? "graph" : "eager").add("host_us", host_us));
 }
 
 // The common part of all group collectives: claim, run, ledger.
@@ -382,6 +383,32 @@ HcclResult guarded(Body body) {
     }
 }
 
+// Runs an operator, or hands it to the graph that its stream is captured for, which is why `body` owns its arguments.
+// `results` says where it writes: a capture leaves zeros there, which nothing takes for an index out of range.
+template <class Results, class Body>
+void submit(aclrtStream stream, OpKind kind, Results results, Body body) {
+    const Turn turn = graph_turn(stream, op_name(kind));
+    if (turn == Turn::kRun) return body();
+    if (turn == Turn::kRecord) {
+        for (const Span& span : std::vector<Span>(results())) {
+            graph_preserve(stream, span.data, span.bytes);
+            if (span.bytes != 0) std::memset(span.data, 0, span.bytes);
+        }
+    }
+    graph_record(stream, std::move(body));
+}
+
+template <class Results, class Body>
+HcclResult on_stream(aclrtStream stream, OpKind kind, Results results, Body body) {
+    return guarded([&] { submit(stream, kind, results, body); });
+}
+
+// A host array with one count per rank.
+std::vector<uint64_t> counts_of(const void* counts, const Comm& comm) {
+    const auto* begin = static_cast<const uint64_t*>(counts);
+    return {begin, begin + comm.size()};
+}
+
 void require(const void* pointer, const char* name) {
     if (pointer == nullptr) throw Failure(HCCL_E_PTR, std::string(name) + " is null");
 }
@@ -536,8 +563,9 @@ HcclResult HcclGetConfig(HcclConfig config, HcclConfigValue* configValue) {
 }
 
 HcclResult HcclAllReduce(void* sendBuf, void* recvBuf, uint64_t count, HcclDataType dataType, HcclReduceOp op,
-                         HcclComm handle, aclrtStream) {
-    return guarded([&] {
+                         HcclComm handle, aclrtStream stream) {
+    const auto results = [=] { return std::vector<Span>{{bytes_at(recvBuf), count * bytes_of(dataType)}}; };
+    return on_stream(stream, OpKind::kAllReduce, results, [=] {
         Comm& comm = checked_comm(handle);
         const uint64_t size = bytes_of(dataType), bytes = count * size;
         collective(comm, record_of(OpKind::kAllReduce, count, dataType, op), bytes, [&](const OpRecord& record) {
@@ -551,8 +579,9 @@ HcclResult HcclAllReduce(void* sendBuf, void* recvBuf, uint64_t count, HcclDataT
 }
 
 HcclResult HcclReduce(void* sendBuf, void* recvBuf, uint64_t count, HcclDataType dataType, HcclReduceOp op,
-                      uint32_t root, HcclComm handle, aclrtStream) {
-    return guarded([&] {
+                      uint32_t root, HcclComm handle, aclrtStream stream) {
+    const auto results = [=] { return std::vector<Span>{{bytes_at(recvBuf), count * bytes_of(dataType)}}; };
+    return on_stream(stream, OpKind::kReduce, results, [=] {
         Comm& comm = checked_comm(handle);
         check_root(comm, root, OpKind::kReduce);
         const uint64_t size = bytes_of(dataType), bytes = count * size;
@@ -568,8 +597,9 @@ HcclResult HcclReduce(void* sendBuf, void* recvBuf, uint64_t count, HcclDataType
 }
 
 HcclResult HcclBroadcast(void* buf, uint64_t count, HcclDataType dataType, uint32_t root, HcclComm handle,
-                         aclrtStream) {
-    return guarded([&] {
+                         aclrtStream stream) {
+    const auto results = [=] { return std::vector<Span>{}; };
+    return on_stream(stream, OpKind::kBroadcast, results, [=] {
         Comm& comm = checked_comm(handle);
         check_root(comm, root, OpKind::kBroadcast);
         const Span whole{bytes_at(buf), count * bytes_of(dataType)};
@@ -586,8 +616,9 @@ HcclResult HcclBroadcast(void* buf, uint64_t count, HcclDataType dataType, uint3
 }
 
 HcclResult HcclScatter(void* sendBuf, void* recvBuf, uint64_t recvCount, HcclDataType dataType, uint32_t root,
-                       HcclComm handle, aclrtStream) {
-    return guarded([&] {
+                       HcclComm handle, aclrtStream stream) {
+    const auto results = [=] { return std::vector<Span>{{bytes_at(recvBuf), recvCount * bytes_of(dataType)}}; };
+    return on_stream(stream, OpKind::kScatter, results, [=] {
         Comm& comm = checked_comm(handle);
         check_root(comm, root, OpKind::kScatter);
         const uint64_t size = bytes_of(dataType);
@@ -605,8 +636,9 @@ HcclResult HcclScatter(void* sendBuf, void* recvBuf, uint64_t recvCount, HcclDat
 }
 
 HcclResult HcclAllGather(void* sendBuf, void* recvBuf, uint64_t sendCount, HcclDataType dataType, HcclComm handle,
-                         aclrtStream) {
-    return guarded([&] {
+                         aclrtStream stream) {
+    const auto results = [=] { return std::vector<Span>{{bytes_at(recvBuf), sendCount * bytes_of(dataType) * checked_comm(handle).size()}}; };
+    return on_stream(stream, OpKind::kAllGather, results, [=] {
         Comm& comm = checked_comm(handle);
         const uint64_t size = bytes_of(dataType);
         all_gather(comm, record_of(OpKind::kAllGather, sendCount, dataType), {bytes_at(sendBuf), sendCount * size},
@@ -625,24 +657,28 @@ HcclResult vnpu_reduce_scatter_v(const void* sendBuf, const void* sendCounts, co
 #pragma GCC visibility pop
 
 HcclResult vnpu_all_gather_v(const void* sendBuf, uint64_t sendCount, const void* recvBuf, const void* recvCounts,
-                             const void* rdispls, HcclDataType dataType, HcclComm handle, aclrtStream) {
+                             const void* rdispls, HcclDataType dataType, HcclComm handle, aclrtStream stream) {
     return guarded([&] {
         Comm& comm = checked_comm(handle);
-        const auto* counts = static_cast<const uint64_t*>(recvCounts);
+        const auto counts = counts_of(recvCounts, comm), displacements = counts_of(rdispls, comm);
         const uint64_t size = bytes_of(dataType);
         if (counts[comm.rank()] != sendCount) {
             throw comm.failure(HCCL_E_PARA, "AllGatherV",
                                "sends " + std::to_string(sendCount) + " elements, its own receive count is " +
                                    std::to_string(counts[comm.rank()]));
         }
-        all_gather(comm, record_of(OpKind::kAllGatherV, -1, dataType), {bytes_at(sendBuf), sendCount * size},
-                   cut(recvBuf, counts, static_cast<const uint64_t*>(rdispls), comm.size(), size), true);
+        const auto out = cut(recvBuf, counts.data(), displacements.data(), comm.size(), size);
+        submit(stream, OpKind::kAllGatherV, [&] { return out; }, [=] {
+            all_gather(checked_comm(handle), record_of(OpKind::kAllGatherV, -1, dataType),
+                       {bytes_at(sendBuf), sendCount * size}, out, true);
+        });
     });
 }
 
 HcclResult HcclReduceScatter(void* sendBuf, void* recvBuf, uint64_t recvCount, HcclDataType dataType, HcclReduceOp op,
-                             HcclComm handle, aclrtStream) {
-    return guarded([&] {
+                             HcclComm handle, aclrtStream stream) {
+    const auto results = [=] { return std::vector<Span>{{bytes_at(recvBuf), recvCount * bytes_of(dataType)}}; };
+    return on_stream(stream, OpKind::kReduceScatter, results, [=] {
         Comm& comm = checked_comm(handle);
         reduce_scatter(comm, record_of(OpKind::kReduceScatter, recvCount, dataType, op),
                        cut_evenly(sendBuf, recvCount, comm.size(), bytes_of(dataType)), recvBuf, dataType, op, false);
@@ -651,24 +687,29 @@ HcclResult HcclReduceScatter(void* sendBuf, void* recvBuf, uint64_t recvCount, H
 
 HcclResult vnpu_reduce_scatter_v(const void* sendBuf, const void* sendCounts, const void* sdispls, const void* recvBuf,
                                  uint64_t recvCount, HcclDataType dataType, HcclReduceOp op, HcclComm handle,
-                                 aclrtStream) {
+                                 aclrtStream stream) {
     return guarded([&] {
         Comm& comm = checked_comm(handle);
-        const auto* counts = static_cast<const uint64_t*>(sendCounts);
+        const auto counts = counts_of(sendCounts, comm), displacements = counts_of(sdispls, comm);
         if (counts[comm.rank()] != recvCount) {
             throw comm.failure(HCCL_E_PARA, "ReduceScatterV",
                                "receives " + std::to_string(recvCount) + " elements, its own send count is " +
                                    std::to_string(counts[comm.rank()]));
         }
-        reduce_scatter(comm, record_of(OpKind::kReduceScatterV, -1, dataType, op),
-                       cut(sendBuf, counts, static_cast<const uint64_t*>(sdispls), comm.size(), bytes_of(dataType)),
-                       bytes_at(recvBuf), dataType, op, true);
+        const uint64_t size = bytes_of(dataType);
+        const auto in = cut(sendBuf, counts.data(), displacements.data(), comm.size(), size);
+        const auto results = [&] { return std::vector<Span>{{bytes_at(recvBuf), recvCount * size}}; };
+        submit(stream, OpKind::kReduceScatterV, results, [=] {
+            reduce_scatter(checked_comm(handle), record_of(OpKind::kReduceScatterV, -1, dataType), in,
+                           bytes_at(recvBuf), dataType, op, true);
+        });
     });
 }
 
 HcclResult HcclAlltoAll(const void* sendBuf, uint64_t sendCount, HcclDataType sendType, const void* recvBuf,
-                        uint64_t recvCount, HcclDataType recvType, HcclComm handle, aclrtStream) {
-    return guarded([&] {
+                        uint64_t recvCount, HcclDataType recvType, HcclComm handle, aclrtStream stream) {
+    const auto results = [=] { return std::vector<Span>{{bytes_at(recvBuf), recvCount * bytes_of(recvType) * checked_comm(handle).size()}}; };
+    return on_stream(stream, OpKind::kAlltoAll, results, [=] {
         Comm& comm = checked_comm(handle);
         if (sendCount * bytes_of(sendType) != recvCount * bytes_of(recvType)) {
             throw comm.failure(HCCL_E_PARA, "AlltoAll",
@@ -683,21 +724,24 @@ HcclResult HcclAlltoAll(const void* sendBuf, uint64_t sendCount, HcclDataType se
 
 HcclResult HcclAlltoAllV(const void* sendBuf, const void* sendCounts, const void* sdispls, HcclDataType sendType,
                          const void* recvBuf, const void* recvCounts, const void* rdispls, HcclDataType recvType,
-                         HcclComm handle, aclrtStream) {
+                         HcclComm handle, aclrtStream stream) {
     return guarded([&] {
-        Comm& comm = checked_comm(handle);
+        const Comm& comm = checked_comm(handle);
         const auto spans = [&](const void* buffer, const void* counts, const void* displacements, HcclDataType type) {
             return cut(buffer, static_cast<const uint64_t*>(counts), static_cast<const uint64_t*>(displacements),
                        comm.size(), bytes_of(type));
         };
-        all_to_all(comm, record_of(OpKind::kAlltoAllV, -1, sendType), spans(sendBuf, sendCounts, sdispls, sendType),
-                   spans(recvBuf, recvCounts, rdispls, recvType), false);
+        const auto out = spans(sendBuf, sendCounts, sdispls, sendType);
+        const auto in = spans(recvBuf, recvCounts, rdispls, recvType);
+        submit(stream, OpKind::kAlltoAllV, [&] { return in; }, [=] {
+            all_to_all(checked_comm(handle), record_of(OpKind::kAlltoAllV, -1, sendType), out, in, false);
+        });
     });
 }
 
 // Entry (i, j) of the matrix is what rank i sends to rank j; both buffers are dense.
 HcclResult HcclAlltoAllVC(const void* sendBuf, const void* sendCountMatrix, HcclDataType sendType, const void* recvBuf,
-                          HcclDataType recvType, HcclComm handle, aclrtStream) {
+                          HcclDataType recvType, HcclComm handle, aclrtStream stream) {
     return guarded([&] {
         Comm& comm = checked_comm(handle);
         const auto* matrix = static_cast<const uint64_t*>(sendCountMatrix);
@@ -711,14 +755,17 @@ HcclResult HcclAlltoAllVC(const void* sendBuf, const void* sendCountMatrix, Hccl
             sent += sends.back();
             taken += takes.back();
         }
-        all_to_all(comm, record_of(OpKind::kAlltoAllVC, -1, sendType),
-                   cut(sendBuf, sends.data(), send_offsets.data(), comm.size(), bytes_of(sendType)),
-                   cut(recvBuf, takes.data(), take_offsets.data(), comm.size(), bytes_of(recvType)), false);
+        const auto out = cut(sendBuf, sends.data(), send_offsets.data(), comm.size(), bytes_of(sendType));
+        const auto in = cut(recvBuf, takes.data(), take_offsets.data(), comm.size(), bytes_of(recvType));
+        submit(stream, OpKind::kAlltoAllVC, [&] { return in; }, [=] {
+            all_to_all(checked_comm(handle), record_of(OpKind::kAlltoAllVC, -1, sendType), out, in, false);
+        });
     });
 }
 
-HcclResult HcclBarrier(HcclComm handle, aclrtStream) {
-    return guarded([&] {
+HcclResult HcclBarrier(HcclComm handle, aclrtStream stream) {
+    const auto results = [=] { return std::vector<Span>{}; };
+    return on_stream(stream, OpKind::kBarrier, results, [=] {
         Comm& comm = checked_comm(handle);
         collective(comm, record_of(OpKind::kBarrier), 0, [&](const OpRecord& record) {
             share(comm, record, {nullptr, 0}, 0, {}, [](uint64_t, uint64_t) {});
@@ -727,8 +774,9 @@ HcclResult HcclBarrier(HcclComm handle, aclrtStream) {
 }
 
 HcclResult HcclSend(void* sendBuf, uint64_t count, HcclDataType dataType, uint32_t destRank, HcclComm handle,
-                    aclrtStream) {
-    return guarded([&] {
+                    aclrtStream stream) {
+    const auto results = [=] { return std::vector<Span>{}; };
+    return on_stream(stream, OpKind::kSend, results, [=] {
         point_to_point(checked_comm(handle), OpKind::kSend,
                        {{true, static_cast<int>(destRank), bytes_at(sendBuf), count * bytes_of(dataType),
                          static_cast<uint32_t>(dataType)}});
@@ -736,25 +784,31 @@ HcclResult HcclSend(void* sendBuf, uint64_t count, HcclDataType dataType, uint32
 }
 
 HcclResult HcclRecv(void* recvBuf, uint64_t count, HcclDataType dataType, uint32_t srcRank, HcclComm handle,
-                    aclrtStream) {
-    return guarded([&] {
+                    aclrtStream stream) {
+    const auto results = [=] { return std::vector<Span>{{bytes_at(recvBuf), count * bytes_of(dataType)}}; };
+    return on_stream(stream, OpKind::kRecv, results, [=] {
         point_to_point(checked_comm(handle), OpKind::kRecv,
                        {{false, static_cast<int>(srcRank), bytes_at(recvBuf), count * bytes_of(dataType),
                          static_cast<uint32_t>(dataType)}});
     });
 }
 
-HcclResult HcclBatchSendRecv(HcclSendRecvItemDef* sendRecvInfo, uint32_t itemNum, HcclComm handle, aclrtStream) {
+HcclResult HcclBatchSendRecv(HcclSendRecvItemDef* sendRecvInfo, uint32_t itemNum, HcclComm handle,
+                             aclrtStream stream) {
     return guarded([&] {
         if (itemNum != 0) require(sendRecvInfo, "sendRecvInfo");
         std::vector<Transfer> transfers;
+        std::vector<Span> received;
         for (uint32_t i = 0; i < itemNum; ++i) {
             const HcclSendRecvItemDef& item = sendRecvInfo[i];
+            const uint64_t bytes = item.count * bytes_of(item.dataType);
             transfers.push_back({item.sendRecvType == HCCL_SEND, static_cast<int>(item.remoteRank),
-                                 static_cast<char*>(item.buf), item.count * bytes_of(item.dataType),
-                                 static_cast<uint32_t>(item.dataType)});
+                                 static_cast<char*>(item.buf), bytes, static_cast<uint32_t>(item.dataType)});
+            if (item.sendRecvType != HCCL_SEND) received.push_back({static_cast<char*>(item.buf), bytes});
         }
-        point_to_point(checked_comm(handle), OpKind::kBatchSendRecv, std::move(transfers));
+        submit(stream, OpKind::kBatchSendRecv, [&] { return received; }, [=] {
+            point_to_point(checked_comm(handle), OpKind::kBatchSendRecv, transfers);
+        });
     });
 }
 

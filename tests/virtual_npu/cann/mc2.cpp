@@ -20,6 +20,7 @@
 
 #include "aclnn_phases.h"
 #include "error.h"
+#include "graph.h"
 #include "half.h"
 #include "ledger.h"
 #include "mc2_limits.h"
@@ -43,6 +44,7 @@ enum EpValue {
     kSharedNum,
     kAlgorithm,
     kBufferMb,
+    kMode,
     kEpValues
 };
 static_assert(kEpValues <= OpRecord::kValues, "an EP record fits");
@@ -65,7 +67,9 @@ const std::vector<OpField>& ep_fields() {
              static const char* const names[] = {"fullmesh", "fullmesh_v2", "hierarchy"};
              return std::string(names[v]);
          }},
-        {"HCCL_BUFFSIZE", false, nullptr}};
+        {"HCCL_BUFFSIZE", false, nullptr},
+        // Compared by check_modes, as a setting says what it means.
+        {"mode", true, [](int64_t v) { return std::string(v != 0 ? "graph" : "eager"); }}};
     return fields;
 }
 
@@ -131,8 +135,16 @@ public:
     virtual void check() = 0;
     virtual void exchange() = 0;
 
+    // The first phase. During a capture nothing can be said about what will lie in memory, nor about the call before.
+    void check_arguments() {
+        contents_ = !graph_capturing();
+        check();
+        contents_ = true;
+    }
+
     void run() override {
         check();
+        record_.values[kMode] = in_graph();
         comm_.claim(Comm::Use::kEp, name());
         if (dispatch_) remember_global_bs();
         const double host_us = comm_.group_operator(record_, [&] { exchange(); });
@@ -142,7 +154,7 @@ public:
             .add("op", dispatch_ ? "dispatch" : "combine");
         if (dispatch_) event.add("quant_mode", record_.values[kQuant]);
         event.add("bs", bs_).add("global_bs", a_.global_bs).add("mask", !mask_.empty()).add("active", active_);
-        event.add("k", k_).add("e", a_.experts).add("h", h_).add("mode", "eager");
+        event.add("k", k_).add("e", a_.experts).add("h", h_).add("mode", in_graph() ? "graph" : "eager");
         ledger_event(event.add("host_us", host_us));
     }
 
@@ -203,7 +215,7 @@ protected:
         }
         // clang-format off
         const int64_t values[] = {bs_, 0, a_.global_bs, version_, a_.experts, k_, h_, type, quant, a_.ranks,
-                                  a_.shared_num, static_cast<int64_t>(algorithm_), comm_.buffer_mb()};
+                                  a_.shared_num, static_cast<int64_t>(algorithm_), comm_.buffer_mb(), in_graph()};
         // clang-format on
         static_assert(sizeof values / sizeof *values == kEpValues, "one value per field");
         std::copy(std::begin(values), std::end(values), record_.values);
@@ -257,6 +269,7 @@ protected:
         expect(*mask, "x_active_mask", {ACL_BOOL, ACL_INT8, ACL_UINT8}, {bs_});
         require(!loose(), "Different bs on different rank cannot work when isActiveMask=true: global_bs=" +
                               num(a_.global_bs) + " with BS=" + num(bs_) + " and x_active_mask");
+        if (!contents_) return;
         mask_ = mask->packed();
         active_ = std::find(mask_.begin(), mask_.end(), 0) - mask_.begin();
         require(std::count(mask_.begin() + active_, mask_.end(), 0) == bs_ - active_,
@@ -265,6 +278,7 @@ protected:
 
     // Reads the expert ids; rows that take no part may hold anything.
     void check_ids(const aclTensor& ids) {
+        if (!contents_) return;
         const std::vector<char> raw = ids.packed();
         ids_.resize(static_cast<size_t>(bs_ * k_));
         if (!ids_.empty()) std::memcpy(ids_.data(), raw.data(), raw.size());
@@ -293,6 +307,25 @@ protected:
         }
     }
 
+    // One call, in a graph on some ranks and not on others: on the A2 with AIV expansion the operator hangs.
+    void check_modes(const std::vector<int>& ranks) const {
+        for (const int r : ranks) {
+            const int64_t theirs = comm_.record(r).values[kMode];
+            if (theirs == record_.values[kMode]) continue;
+            const auto text = [](int64_t mode) { return std::string(mode != 0 ? "in a graph" : "eagerly"); };
+            const std::string problem = "mixed modes: rank " + num(comm_.rank()) + " runs it " +
+                                        text(record_.values[kMode]) + ", rank " + num(r) + " " + text(theirs);
+            Fields event("violation");
+            event.comm(comm_.name(), record_.ordinal, comm_.rank(), comm_.size()).add("op", op_name(record_.kind));
+            event.add("rule", "mixed_modes").add("mode", record_.values[kMode] != 0 ? "graph" : "eager");
+            event.add("peer", r).add("peer_mode", theirs != 0 ? "graph" : "eager");
+            ledger_event(event.add("text", problem));
+            if (settings().report_mixed_modes) return;
+            throw comm_.failure(HCCL_E_PARA, record_.title(), problem + " (VIRTUAL_NPU_MIXED_MODES=refuse)");
+        }
+    }
+
+    bool contents_ = true;  // whether memory holds what the call will find
     const bool dispatch_;
     const int version_;
     const Attributes a_;
@@ -371,7 +404,7 @@ public:
         check_weights(a);
         require(quant_ == 0 || (dynamic_scales_ && dynamic_scales_->type == ACL_FLOAT && dynamic_scales_->numel() >= a),
                 "dynamic_scales is missing or too small");
-        require(comm_.ep_pair == nullptr,
+        require(!contents_ || comm_.ep_pair == nullptr,
                 "called twice in a row: the combine of dispatch #" +
                     (comm_.ep_pair != nullptr ? std::to_string(comm_.ep_pair->record.ordinal) : "") + " has not run");
     }
@@ -383,10 +416,19 @@ public:
         pack(comm_.open_stage(record_, static_cast<uint64_t>(mine.bytes())), mine);
         comm_.post(record_);
         comm_.await(record_, comm_.all_ranks());
+        check_modes(comm_.all_ranks());
         check_ragged(comm_.all_ranks());
         take();
         comm_.close_stage();
         if (!duplicate_.empty()) report_duplicate();
+    }
+
+    // As if no row had arrived.
+    void leave_results() override {
+        for (const auto* out : {&expand_x_, &dynamic_scales_, &assist_, &recv_counts_, &tp_recv_counts_, &expand_scales_}) {
+            poison(*out ? &**out : nullptr, 0);
+        }
+        std::memset(token_nums_->data(), 0, static_cast<size_t>(token_nums_->numel()) * 8);
     }
 
 private:
@@ -575,9 +617,11 @@ public:
                 "shared_expert_x is " + (shared_ ? shared_->describe() : ""));
         check_mask(active_mask_);
         check_ids(*expert_ids_);
+        if (!contents_) return;
         require(comm_.ep_pair != nullptr, "called without a dispatch before it");
         const EpPair& pair = *comm_.ep_pair;
         for (size_t i = 0; i < kEpValues; ++i) {
+            if (i == kMode) continue;  // a rank may leave its graph in between
             if (i == kQuant || i == kType) continue;  // the experts return full precision whatever was sent
             const bool mesh2 = pair.record.values[i] == static_cast<int64_t>(Algorithm::kMesh2);
             if (i == kAlgorithm && mesh2 && algorithm_ == Algorithm::kMesh) continue;  // combine has no such name
@@ -612,7 +656,9 @@ public:
         comm_.post(record_);
         std::set<int> owners;
         for (int64_t i = 0; i < active_ * k_; ++i) owners.insert(static_cast<int>(ids_[static_cast<size_t>(i)] / l));
-        comm_.await(record_, std::vector<int>(owners.begin(), owners.end()));
+        const std::vector<int> senders(owners.begin(), owners.end());
+        comm_.await(record_, senders);
+        check_modes(senders);
 
         // Where a slot's row is: after the rows of the same expert from lower ranks, in this rank's own order.
         std::vector<const char*> slots(static_cast<size_t>(active_ * k_));
@@ -627,6 +673,8 @@ public:
         add_up(slots);
         comm_.close_stage();
     }
+
+    void leave_results() override { std::memset(out_->data(), 0, static_cast<size_t>(bs_ * h_) * 2); }
 
 private:
     // Slot by slot in order, each product and each sum rounded to fp32 on its own, so the bits depend on the row alone.
@@ -684,7 +732,7 @@ private:
 
 // What the first phase refuses, before the rank has told its peers anything.
 std::unique_ptr<EpCall> checked(std::unique_ptr<EpCall> call) {
-    call->check();
+    call->check_arguments();
     return call;
 }
 
@@ -776,17 +824,17 @@ int aclnnMoeDistributeCombineV2GetWorkspaceSize(
     });
 }
 
-int aclnnMoeDistributeDispatch(void*, uint64_t, aclOpExecutor* executor, aclrtStream) {
-    return launch("aclnnMoeDistributeDispatch", executor);
+int aclnnMoeDistributeDispatch(void*, uint64_t, aclOpExecutor* executor, aclrtStream stream) {
+    return launch("aclnnMoeDistributeDispatch", executor, stream);
 }
-int aclnnMoeDistributeDispatchV2(void*, uint64_t, aclOpExecutor* executor, aclrtStream) {
-    return launch("aclnnMoeDistributeDispatchV2", executor);
+int aclnnMoeDistributeDispatchV2(void*, uint64_t, aclOpExecutor* executor, aclrtStream stream) {
+    return launch("aclnnMoeDistributeDispatchV2", executor, stream);
 }
-int aclnnMoeDistributeCombine(void*, uint64_t, aclOpExecutor* executor, aclrtStream) {
-    return launch("aclnnMoeDistributeCombine", executor);
+int aclnnMoeDistributeCombine(void*, uint64_t, aclOpExecutor* executor, aclrtStream stream) {
+    return launch("aclnnMoeDistributeCombine", executor, stream);
 }
-int aclnnMoeDistributeCombineV2(void*, uint64_t, aclOpExecutor* executor, aclrtStream) {
-    return launch("aclnnMoeDistributeCombineV2", executor);
+int aclnnMoeDistributeCombineV2(void*, uint64_t, aclOpExecutor* executor, aclrtStream stream) {
+    return launch("aclnnMoeDistributeCombineV2", executor, stream);
 }
 
 }  // extern "C"

@@ -16,13 +16,16 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <mutex>
 #include <new>
+#include <stdexcept>
 #include <string>
 #include <unordered_map>
 #include <vector>
 
 #include "error.h"
+#include "graph.h"
 #include "settings.h"
 
 namespace {
@@ -91,6 +94,43 @@ aclError copy(void* dst, size_t capacity, const void* src, size_t count) {
     }
     std::memmove(dst, src, count);
     return ACL_SUCCESS;
+}
+
+aclError fill(void* pointer, size_t capacity, int32_t value, size_t count) {
+    if (count > capacity) return fail(kBadParameter, "aclrtMemset: count is larger than the buffer");
+    std::memset(pointer, value, count);
+    return ACL_SUCCESS;
+}
+
+// Runs `body`, which throws what graphs do not permit.
+template <class Body>
+aclError permitted(Body body) {
+    try {
+        return body();
+    } catch (const std::exception& error) {
+        return fail(ACL_ERROR_RT_FAILURE, error.what());
+    }
+}
+
+aclError refuse_sync(const char* function, aclrtStream stream = nullptr) {
+    return permitted([&] {
+        vnpu::graph_refuse_sync(function, stream);
+        return ACL_SUCCESS;
+    });
+}
+
+// A call on a stream that fills `bytes` at `pointer`.
+aclError fill_on(aclrtStream stream, const char* function, void* pointer, size_t bytes, const std::function<aclError()>& call) {
+    return permitted([&] {
+        const vnpu::Turn turn = vnpu::graph_turn(stream, function);
+        if (turn != vnpu::Turn::kRun) {
+            if (turn == vnpu::Turn::kRecord) vnpu::graph_preserve(stream, pointer, bytes);
+            vnpu::graph_record(stream, [call] {
+                if (call() != ACL_SUCCESS) throw std::runtime_error(vnpu::take_error());
+            });
+        }
+        return turn == vnpu::Turn::kReplace ? ACL_SUCCESS : call();
+    });
 }
 
 // Whether the device has room for so many bytes; call it with the lock held.
@@ -285,6 +325,7 @@ aclError aclrtFree(void* pointer) {
     const auto found = device_memory.blocks.find(pointer);
     if (found == device_memory.blocks.end()) return fail(kBadParameter, "aclrtFree: not a pointer from aclrtMalloc");
     device_memory.used[found->second.device] -= found->second.bytes;
+    vnpu::graph_forget_memory(pointer, found->second.bytes);
     device_memory.blocks.erase(found);
     std::free(pointer);
     return ACL_SUCCESS;
@@ -364,6 +405,7 @@ aclError aclrtUnmapMem(void* pointer) {
     if (at == MAP_FAILED || mprotect(pointer, physical->bytes, PROT_NONE) != 0) {
         return fail(kBadParameter, std::string("aclrtUnmapMem: ") + std::strerror(errno));
     }
+    vnpu::graph_forget_memory(pointer, physical->bytes);
     physical->at = at;
     physical->mapped = false;
     device_memory.mapped.erase(found);
@@ -390,21 +432,22 @@ aclError aclrtGetMemInfo(aclrtMemAttr, size_t* free_bytes, size_t* total_bytes) 
 }
 
 aclError aclrtMemcpy(void* dst, size_t capacity, const void* src, size_t count, aclrtMemcpyKind) {
-    return copy(dst, capacity, src, count);
+    const aclError refused = refuse_sync("aclrtMemcpy");
+    return refused != ACL_SUCCESS ? refused : copy(dst, capacity, src, count);
 }
 
-aclError aclrtMemcpyAsync(void* dst, size_t capacity, const void* src, size_t count, aclrtMemcpyKind, aclrtStream) {
-    return copy(dst, capacity, src, count);
+aclError aclrtMemcpyAsync(void* dst, size_t capacity, const void* src, size_t count, aclrtMemcpyKind, aclrtStream stream) {
+    return fill_on(stream, "aclrtMemcpyAsync", dst, std::min(capacity, count), [=] { return copy(dst, capacity, src, count); });
 }
 
 aclError aclrtMemset(void* pointer, size_t capacity, int32_t value, size_t count) {
-    if (count > capacity) return fail(kBadParameter, "aclrtMemset: count is larger than the buffer");
-    std::memset(pointer, value, count);
-    return ACL_SUCCESS;
+    const aclError refused = refuse_sync("aclrtMemset");
+    return refused != ACL_SUCCESS ? refused : fill(pointer, capacity, value, count);
 }
 
-aclError aclrtMemsetAsync(void* pointer, size_t capacity, int32_t value, size_t count, aclrtStream) {
-    return aclrtMemset(pointer, capacity, value, count);
+aclError aclrtMemsetAsync(void* pointer, size_t capacity, int32_t value, size_t count, aclrtStream stream) {
+    return fill_on(stream, "aclrtMemsetAsync", pointer, std::min(capacity, count),
+                   [=] { return fill(pointer, capacity, value, count); });
 }
 
 aclError aclrtCmoAsync(void*, size_t, aclrtCmoType, aclrtStream) { return ACL_SUCCESS; }  // a cache hint only
@@ -421,6 +464,7 @@ aclError aclrtCreateStream(aclrtStream* stream) {
 aclError aclrtCreateStreamWithConfig(aclrtStream* stream, uint32_t, uint32_t) { return aclrtCreateStream(stream); }
 
 aclError aclrtDestroyStream(aclrtStream stream) {
+    vnpu::graph_stream_destroyed(stream);
     delete static_cast<Stream*>(stream);
     return ACL_SUCCESS;
 }
@@ -432,7 +476,8 @@ aclError aclrtStreamGetId(aclrtStream stream, int32_t* id) {
     return ACL_SUCCESS;
 }
 
-aclError aclrtStreamQuery(aclrtStream, aclrtStreamStatus* status) {
+aclError aclrtStreamQuery(aclrtStream stream, aclrtStreamStatus* status) {
+    if (const aclError refused = refuse_sync("aclrtStreamQuery", stream)) return refused;
     *status = ACL_STREAM_STATUS_COMPLETE;
     return ACL_SUCCESS;
 }
@@ -443,10 +488,10 @@ aclError aclrtGetStreamOverflowSwitch(aclrtStream, uint32_t* flag) {
     *flag = 0;
     return ACL_SUCCESS;
 }
-aclError aclrtSynchronizeStream(aclrtStream) { return ACL_SUCCESS; }
-aclError aclrtSynchronizeStreamWithTimeout(aclrtStream, int32_t) { return ACL_SUCCESS; }
-aclError aclrtSynchronizeDevice() { return ACL_SUCCESS; }
-aclError aclrtSynchronizeDeviceWithTimeout(int32_t) { return ACL_SUCCESS; }
+aclError aclrtSynchronizeStream(aclrtStream stream) { return refuse_sync("aclrtSynchronizeStream", stream); }
+aclError aclrtSynchronizeStreamWithTimeout(aclrtStream stream, int32_t) { return aclrtSynchronizeStream(stream); }
+aclError aclrtSynchronizeDevice() { return refuse_sync("aclrtSynchronizeDevice"); }
+aclError aclrtSynchronizeDeviceWithTimeout(int32_t) { return aclrtSynchronizeDevice(); }
 
 aclError aclrtLaunchCallback(aclrtCallback callback, void* data, aclrtCallbackBlockType, aclrtStream) {
     callback(data);
@@ -456,29 +501,41 @@ aclError aclrtSubscribeReport(uint64_t, aclrtStream) { return ACL_SUCCESS; }
 aclError aclrtUnSubscribeReport(uint64_t, aclrtStream) { return ACL_SUCCESS; }
 aclError aclrtProcessReport(int32_t) { return ACL_SUCCESS; }
 
-aclError aclrtCreateEventWithFlag(aclrtEvent* event, uint32_t) {
+aclError aclrtCreateEventWithFlag(aclrtEvent* event, uint32_t flag) {
     *event = new (std::nothrow) Event;
+    vnpu::graph_event_created(*event, (flag & ACL_EVENT_EXTERNAL) != 0);
     return ACL_SUCCESS;
 }
 
 aclError aclrtCreateEventExWithFlag(aclrtEvent* event, uint32_t flag) { return aclrtCreateEventWithFlag(event, flag); }
 
 aclError aclrtDestroyEvent(aclrtEvent event) {
+    vnpu::graph_event_destroyed(event);
     delete static_cast<Event*>(event);
     return ACL_SUCCESS;
 }
 
-aclError aclrtRecordEvent(aclrtEvent event, aclrtStream) {
+aclError aclrtRecordEvent(aclrtEvent event, aclrtStream stream) {
     static_cast<Event*>(event)->recorded_ns = now_ns();
-    return ACL_SUCCESS;
+    return permitted([&] {
+        vnpu::graph_event_recorded(event, stream);
+        return ACL_SUCCESS;
+    });
 }
 
-aclError aclrtResetEvent(aclrtEvent event, aclrtStream) {
+aclError aclrtResetEvent(aclrtEvent event, aclrtStream stream) {
     static_cast<Event*>(event)->recorded_ns = -1;
+    vnpu::graph_event_reset(event, stream);
     return ACL_SUCCESS;
 }
 
-aclError aclrtStreamWaitEvent(aclrtStream, aclrtEvent) { return ACL_SUCCESS; }
+aclError aclrtStreamWaitEvent(aclrtStream stream, aclrtEvent event) {
+    return permitted([&] {
+        vnpu::graph_event_awaited(event, stream);
+        return ACL_SUCCESS;
+    });
+}
+
 aclError aclrtSynchronizeEvent(aclrtEvent) { return ACL_SUCCESS; }
 
 aclError aclrtQueryEventStatus(aclrtEvent, aclrtEventRecordedStatus* status) {
@@ -498,13 +555,6 @@ aclError aclrtEventElapsedTime(float* milliseconds, aclrtEvent start, aclrtEvent
 
 aclError aclrtEventGetTimestamp(aclrtEvent event, uint64_t* microseconds) {
     *microseconds = static_cast<uint64_t>(static_cast<Event*>(event)->recorded_ns / 1000);
-    return ACL_SUCCESS;
-}
-
-// No graph is ever being captured (ACL graphs are not emulated: the Begin/End functions are absent and torch_npu names them).
-aclError aclmdlRICaptureGetInfo(aclrtStream, aclmdlRICaptureStatus* status, aclmdlRI* model) {
-    *status = ACL_MODEL_RI_CAPTURE_STATUS_NONE;
-    *model = nullptr;
     return ACL_SUCCESS;
 }
 

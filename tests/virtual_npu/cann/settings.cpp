@@ -113,6 +113,7 @@ Settings read() {
     s.timeout_s = seconds("VIRTUAL_NPU_TIMEOUT_S", 60);
     s.relaxed_shapes = choice("VIRTUAL_NPU_SHAPES", {"strict", "relaxed"}) == "relaxed";
     s.report_duplicate_experts = choice("VIRTUAL_NPU_DUPLICATE_EXPERTS", {"refuse", "report"}) == "report";
+    s.report_mixed_modes = choice("VIRTUAL_NPU_MIXED_MODES", {"refuse", "report"}) == "report";
     s.delays = delays("VIRTUAL_NPU_DELAY");
     s.ledger_dir = writable_directory("VIRTUAL_NPU_LEDGER_DIR");
     return s;

@@ -30,6 +30,9 @@ struct Settings {
     // VIRTUAL_NPU_DUPLICATE_EXPERTS: refuse (default) a row that names one expert twice, or report it (on stderr once,
     // in the ledger each time) and go on as long as the rows fit: stock 0.11.0 profile runs draw such rows
     bool report_duplicate_experts;
+    // VIRTUAL_NPU_MIXED_MODES: refuse (default) a dispatch or combine that some ranks run in a graph and others eagerly,
+    // or report it (in the ledger) and go on
+    bool report_mixed_modes;
     // VIRTUAL_NPU_DELAY: <rank>:<ms>[@<nth dispatch>], several with commas, one per rank; default none
     std::vector<Delay> delays;
     // VIRTUAL_NPU_LEDGER_DIR, an existing directory; "" = no ledger

@@ -44,7 +44,7 @@ def attach() -> None:
     kernels.install()
     from virtual_npu import operators, stepping
 
-    operators.register(kernels.as_cpu, kernels.as_npu)
+    operators.register(kernels)
     stepping.watch()
     wrapt.register_post_import_hook(_build_for_this_device, "vllm_ascend._build_info")
     if with_triton:

@@ -15,13 +15,13 @@ import inspect
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.library import Library
 
-from . import attention, linear, linear_quant, misc, moe, norm, rope_cache
+from . import attention, graphs, linear, linear_quant, misc, moe, norm, rope_cache
 
 OPERATORS: dict[str, Callable[..., Any]] = {
     # products whose rows do not depend on the batch, in place of torch's CPU kernels
@@ -106,19 +106,45 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "_C_ascend::get_masked_input_and_mask": misc.get_masked_input_and_mask,
 }
 
+# What operators write to beside what their schemas declare.
+WRITES: dict[str, tuple[str, ...]] = {
+    "npu::npu_apply_rotary_pos_emb": ("query", "key"),
+    "npu::npu_kv_rmsnorm_rope_cache": ("k_cache", "ckv_cache"),
+    "npu::npu_fused_infer_attention_score.out": ("out",),
+    "npu::npu_fused_infer_attention_score_v2.out": ("out",),
+    "_C_ascend::batch_matmul_transpose": ("tensor_c",),
+}
+# These run on the host alone: a graph does not hold them, and they may be called while a stream is blocked.
+ON_HOST = {name for name, function in OPERATORS.items() if function in (misc.empty_workspace, misc.npu_prefetch)}
+
 NPU = "PrivateUse1"
 
 _libraries: dict[str, Library] = {}  # a registration lives as long as its Library
 
 
-def kernel(
-    function: Callable[..., Any],
-    as_cpu: Callable[[Tensor], Tensor],
-    as_npu: Callable[[Tensor, Tensor], Tensor],
-) -> Any:
+class Kernels(Protocol):
+    """What is used of the C++ extension ``virtual_npu.kernels``."""
+
+    def as_cpu(self, tensor: Tensor) -> Tensor: ...
+    def as_npu(self, cpu: Tensor, like: Tensor) -> Tensor: ...
+    def at_address(self, tensor: Tensor) -> Tensor: ...
+    def active(self) -> bool: ...
+    def turn(self, name: str) -> int: ...
+    def preserve(self, tensor: Tensor) -> None: ...
+    def record(self, call: Callable[[], None]) -> None: ...
+
+
+def kernel(name: str, function: Callable[..., Any], kernels: Kernels) -> Any:
     """The NPU kernel of a function on CPU tensors."""
+    as_cpu, as_npu, active = kernels.as_cpu, kernels.as_npu, kernels.active
+    captured = graphs.captured_kernel(name, function, WRITES.get(name, ()), kernels)
+    on_host = name in ON_HOST
 
     def run(*args: Any, **kwargs: Any) -> Any:
+        if active() and not on_host:
+            turn = kernels.turn(name)
+            if turn != graphs.RUN:
+                return captured(turn, args, kwargs)
         # id of an alias -> (alias, NPU tensor); holding the alias keeps its id unique
         passed: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -217,14 +243,10 @@ def load_vllm_ascend_operators() -> None:
         ctypes.CDLL(str(extension))
 
 
-def register(as_cpu: Callable[[Tensor], Tensor], as_npu: Callable[[Tensor, Tensor], Tensor]) -> list[str]:
+def register(kernels: Kernels) -> list[str]:
     """Install the table's operators that this stock version defines, for NPU tensors; returns their names.
 
     Call once, after torch_npu is imported. torch_npu's kernels for the autograd key hand on to these, so they stay.
-
-    Args:
-        as_cpu: CPU tensor over the memory of an NPU tensor (sizes, strides, offset and dtype kept).
-        as_npu: new NPU tensor on the device of the second argument with the values of the first.
     """
     load_vllm_ascend_operators()
     names = [name for name in OPERATORS if is_defined(name)]
@@ -234,5 +256,5 @@ def register(as_cpu: Callable[[Tensor], Tensor], as_npu: Callable[[Tensor, Tenso
             namespace, operator = name.split("::")
             if namespace not in _libraries:
                 _libraries[namespace] = Library(namespace, "IMPL")
-            _libraries[namespace].impl(operator, kernel(adapted(name), as_cpu, as_npu), NPU)
+            _libraries[namespace].impl(operator, kernel(name, adapted(name), kernels), NPU)
     return names

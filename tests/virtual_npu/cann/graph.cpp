@@ -1,0 +1,538 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "graph.h"
+
+#include <acl/acl_mdl.h>
+
+#include <condition_variable>
+#include <cstdio>
+#include <cstring>
+#include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+#include "error.h"
+#include "ledger.h"
+
+std::atomic<int> vnpu_graph_activity{0};
+
+namespace vnpu {
+namespace {
+
+struct ExternalEvent {
+    bool recorded = false;
+};
+
+struct Node {
+    enum class Kind { kCalls, kWait, kReset, kRecord } kind = Kind::kCalls;
+    std::vector<std::function<void()>> calls;  // a task group has several, and they are replaced together
+    aclrtEvent event = nullptr;                // of the other kinds
+};
+
+struct Graph {
+    int64_t id = 0;
+    std::vector<std::shared_ptr<Node>> nodes;
+    size_t operators = 0;
+};
+
+struct Saved {
+    char* data;
+    std::vector<char> bytes;
+};
+
+struct Capture {
+    std::shared_ptr<Graph> graph = std::make_shared<Graph>();
+    aclrtStream origin = nullptr;
+    std::thread::id thread;
+    aclmdlRICaptureMode mode = ACL_MODEL_RI_CAPTURE_MODE_GLOBAL;
+    std::string invalid;          // why, if it is
+    std::shared_ptr<Node> group;  // the open task group
+    std::vector<Saved> saved;
+};
+
+struct Execution {
+    std::shared_ptr<Graph> graph;
+    size_t next = 0;
+};
+
+// What a stream has still to do. `running`: a thread is at it right now.
+struct Backlog {
+    std::deque<Execution> executions;
+    bool running = false;
+};
+
+// A task group as a handle names it. Handles live as long as the process: callers never give them back.
+struct Group {
+    std::weak_ptr<Node> node;
+};
+
+struct Update {
+    std::shared_ptr<Node> node;
+    std::vector<std::function<void()>> calls;
+};
+
+struct State {
+    std::mutex lock;
+    std::condition_variable settled;  // a thread has stopped running a replay
+    std::map<aclrtStream, std::shared_ptr<Capture>> captures;  // by every stream that takes part
+    std::map<aclrtEvent, std::shared_ptr<Capture>> forks;      // ordinary events that were recorded in a capture
+    std::map<aclrtEvent, ExternalEvent> external;
+    std::map<aclrtStream, Backlog> blocked;
+    std::map<aclrtStream, Update> updates;
+    std::map<aclmdlRI, std::shared_ptr<Graph>> graphs;
+    int64_t next_id = 1;
+
+    // Call it with the lock held, after any change.
+    void count() { vnpu_graph_activity = static_cast<int>(captures.size() + blocked.size() + updates.size()); }
+};
+
+State& state() {
+    static auto* instance = new State;  // never destroyed: graphs are destroyed in static destructors
+    return *instance;
+}
+
+using Guard = std::unique_lock<std::mutex>;
+
+thread_local int replaying = 0;
+thread_local aclmdlRICaptureMode thread_mode = ACL_MODEL_RI_CAPTURE_MODE_GLOBAL;
+
+std::string named(aclrtStream stream) {
+    char text[32];
+    std::snprintf(text, sizeof text, "stream %p", stream);
+    return text;
+}
+
+[[noreturn]] void refuse(const std::string& what, const std::string& problem) {
+    throw std::runtime_error(what + ": " + problem);
+}
+
+std::shared_ptr<Capture> capture_of(aclrtStream stream) {
+    const auto found = state().captures.find(stream);
+    return found == state().captures.end() ? nullptr : found->second;
+}
+
+void expect_valid(const Capture& capture, const std::string& what) {
+    if (!capture.invalid.empty()) refuse(what, "the capture is invalid since: " + capture.invalid);
+}
+
+std::string blocked_text(aclrtStream stream) {
+    return named(stream) + " is blocked: its graph waits for an external event that nobody has recorded";
+}
+
+void run(const Node& node) {
+    ++replaying;
+    try {
+        for (const auto& call : node.calls) call();
+    } catch (...) {
+        --replaying;
+        throw;
+    }
+    --replaying;
+}
+
+// Runs what a stream has been given, up to a wait for an event that is not recorded. The calls run without the lock.
+void advance(Guard& guard, aclrtStream stream) {
+    State& s = state();
+    const auto found = s.blocked.find(stream);
+    if (found == s.blocked.end() || found->second.running) return;
+    Backlog& backlog = found->second;
+    backlog.running = true;
+    const auto stop = [&](bool done) {
+        backlog.running = false;
+        if (done) s.blocked.erase(stream);
+        s.count();
+        s.settled.notify_all();
+    };
+    try {
+        while (!backlog.executions.empty()) {
+            Execution& execution = backlog.executions.front();
+            if (execution.next == execution.graph->nodes.size()) {
+                backlog.executions.pop_front();
+                continue;
+            }
+            const std::shared_ptr<Node> node = execution.graph->nodes[execution.next];
+            if (node->kind == Node::Kind::kWait && !s.external[node->event].recorded) return stop(false);
+            ++execution.next;
+            if (node->kind == Node::Kind::kReset) s.external[node->event].recorded = false;
+            if (node->kind == Node::Kind::kRecord) s.external[node->event].recorded = true;
+            if (node->kind != Node::Kind::kCalls) continue;
+            guard.unlock();
+            try {
+                run(*node);
+            } catch (...) {
+                guard.lock();
+                throw;
+            }
+            guard.lock();
+        }
+    } catch (...) {
+        stop(true);
+        throw;
+    }
+    stop(true);
+}
+
+// Throws if the stream waits for an event. (Another thread that runs a replay on it is waited for.)
+void expect_free(Guard& guard, aclrtStream stream, const std::string& what) {
+    const auto idle = [&] {
+        const auto found = state().blocked.find(stream);
+        return found == state().blocked.end() || !found->second.running;
+    };
+    state().settled.wait(guard, idle);
+    if (state().blocked.count(stream) != 0) refuse(what, blocked_text(stream));
+}
+
+void log_graph(const char* action, const Graph& graph) {
+    if (!ledger_enabled()) return;
+    ledger_event(Fields("graph").add("op", action).add("graph", graph.id).add("calls", uint64_t(graph.operators)));
+}
+
+template <class Body>
+aclError guarded(const char* function, Body body) {
+    try {
+        body();
+        return ACL_SUCCESS;
+    } catch (const std::exception& error) {
+        set_error(std::string(function) + ": " + error.what());
+        return ACL_ERROR_RT_FAILURE;
+    }
+}
+
+void add_node(Capture& capture, Node::Kind kind, aclrtEvent event) {
+    auto node = std::make_shared<Node>();
+    node->kind = kind;
+    node->event = event;
+    capture.graph->nodes.push_back(std::move(node));
+}
+
+}  // namespace
+
+Turn graph_turn_of(aclrtStream stream, const char* what) {
+    if (replaying != 0) return Turn::kRun;
+    Guard guard(state().lock);
+    if (state().updates.count(stream) != 0) return Turn::kReplace;
+    expect_free(guard, stream, what);
+    const auto capture = capture_of(stream);
+    if (capture == nullptr) return Turn::kRun;
+    expect_valid(*capture, what);
+    return Turn::kRecord;
+}
+
+void graph_record(aclrtStream stream, std::function<void()> call) {
+    const Guard guard(state().lock);
+    const auto update = state().updates.find(stream);
+    if (update != state().updates.end()) {
+        update->second.calls.push_back(std::move(call));
+        return;
+    }
+    const auto capture = capture_of(stream);
+    if (capture == nullptr) refuse("graph", named(stream) + " is not captured");
+    ++capture->graph->operators;
+    if (capture->group == nullptr) add_node(*capture, Node::Kind::kCalls, nullptr);
+    Node& node = capture->group != nullptr ? *capture->group : *capture->graph->nodes.back();
+    node.calls.push_back(std::move(call));
+}
+
+void graph_preserve(aclrtStream stream, void* data, size_t bytes) {
+    const Guard guard(state().lock);
+    const auto capture = capture_of(stream);
+    if (capture == nullptr || bytes == 0) return;
+    char* begin = static_cast<char*>(data);
+    for (const Saved& saved : capture->saved) {
+        if (saved.data <= begin && begin + bytes <= saved.data + saved.bytes.size()) return;
+    }
+    capture->saved.push_back({begin, std::vector<char>(begin, begin + bytes)});
+}
+
+void graph_refuse_sync(const char* what, aclrtStream stream) {
+    if (vnpu_graph_activity.load(std::memory_order_relaxed) == 0) return;
+    if (replaying != 0) return;
+    Guard guard(state().lock);
+    if (stream != nullptr) {
+        expect_free(guard, stream, what);
+    } else {
+        std::vector<aclrtStream> streams;
+        for (const auto& [blocked, _] : state().blocked) streams.push_back(blocked);
+        for (const aclrtStream blocked : streams) expect_free(guard, blocked, what);
+    }
+    const auto forbidden = [&](const Capture& capture) {
+        if (stream != nullptr) return capture_of(stream).get() == &capture;
+        if (thread_mode == ACL_MODEL_RI_CAPTURE_MODE_RELAXED) return false;
+        if (capture.thread == std::this_thread::get_id()) return capture.mode != ACL_MODEL_RI_CAPTURE_MODE_RELAXED;
+        return capture.mode == ACL_MODEL_RI_CAPTURE_MODE_GLOBAL && thread_mode == ACL_MODEL_RI_CAPTURE_MODE_GLOBAL;
+    };
+    for (const auto& [_, capture] : state().captures) {
+        if (!forbidden(*capture)) continue;
+        if (capture->invalid.empty()) capture->invalid = std::string(what) + " during the capture";
+        refuse(what, "not permitted while " + named(capture->origin) + " is captured, and the capture is invalid now");
+    }
+}
+
+bool in_graph() { return replaying != 0; }
+
+bool graph_capturing() {
+    if (vnpu_graph_activity.load(std::memory_order_relaxed) == 0) return false;
+    const Guard guard(state().lock);
+    return replaying == 0 && !state().captures.empty();
+}
+
+void graph_forget_memory(const void* data, size_t bytes) {
+    if (vnpu_graph_activity.load(std::memory_order_relaxed) == 0) return;
+    const Guard guard(state().lock);
+    const char* begin = static_cast<const char*>(data);
+    for (const auto& [_, capture] : state().captures) {
+        for (Saved& saved : capture->saved) {
+            if (begin < saved.data + saved.bytes.size() && saved.data < begin + bytes) saved.bytes.clear();
+        }
+    }
+}
+
+void graph_event_created(aclrtEvent event, bool external) {
+    if (!external) return;
+    const Guard guard(state().lock);
+    state().external[event] = {};
+}
+
+void graph_event_destroyed(aclrtEvent event) {
+    const Guard guard(state().lock);
+    state().external.erase(event);
+    state().forks.erase(event);
+}
+
+void graph_event_recorded(aclrtEvent event, aclrtStream stream) {
+    State& s = state();
+    Guard guard(s.lock);
+    const auto external = s.external.find(event);
+    const auto capture = capture_of(stream);
+    if (capture != nullptr) {
+        expect_valid(*capture, "aclrtRecordEvent");
+        if (external == s.external.end()) {
+            s.forks[event] = capture;
+        } else {
+            add_node(*capture, Node::Kind::kRecord, event);
+        }
+        return;
+    }
+    s.forks.erase(event);
+    if (external == s.external.end()) return;
+    expect_free(guard, stream, "aclrtRecordEvent");
+    external->second.recorded = true;
+    std::vector<aclrtStream> streams;
+    for (const auto& [blocked, _] : s.blocked) streams.push_back(blocked);
+    for (const aclrtStream blocked : streams) advance(guard, blocked);
+}
+
+void graph_event_reset(aclrtEvent event, aclrtStream stream) {
+    const Guard guard(state().lock);
+    const auto external = state().external.find(event);
+    if (external == state().external.end()) return;
+    const auto capture = capture_of(stream);
+    if (capture != nullptr) {
+        add_node(*capture, Node::Kind::kReset, event);
+    } else {
+        external->second.recorded = false;
+    }
+}
+
+void graph_event_awaited(aclrtEvent event, aclrtStream stream) {
+    State& s = state();
+    const Guard guard(s.lock);
+    const auto capture = capture_of(stream);
+    const auto external = s.external.find(event);
+    if (external != s.external.end()) {
+        if (capture != nullptr) {
+            add_node(*capture, Node::Kind::kWait, event);
+        } else if (!external->second.recorded) {
+            refuse("aclrtStreamWaitEvent",
+                   "an external event that nobody has recorded: waiting for it outside graphs is not emulated");
+        }
+        return;
+    }
+    const auto fork = s.forks.find(event);
+    if (fork == s.forks.end()) return;
+    // The events of a capture that has ended order nothing any more: everything before them has run.
+    bool active = false;
+    for (const auto& [_, known] : s.captures) active = active || known == fork->second;
+    if (!active) {
+        s.forks.erase(fork);
+        return;
+    }
+    if (capture == nullptr) {
+        s.captures[stream] = fork->second;
+    } else if (capture != fork->second) {
+        capture->invalid = fork->second->invalid = "one capture waits for another";
+        refuse("aclrtStreamWaitEvent", "the event belongs to another capture, and both are invalid now");
+    }
+    s.count();
+}
+
+void graph_stream_destroyed(aclrtStream stream) {
+    if (vnpu_graph_activity.load(std::memory_order_relaxed) == 0) return;
+    const Guard guard(state().lock);
+    state().captures.erase(stream);
+    state().blocked.erase(stream);
+    state().updates.erase(stream);
+    state().count();
+}
+
+}  // namespace vnpu
+
+using namespace vnpu;
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+aclError aclmdlRICaptureBegin(aclrtStream stream, aclmdlRICaptureMode mode) {
+    return guarded("aclmdlRICaptureBegin", [&] {
+        State& s = state();
+        Guard guard(s.lock);
+        if (stream == nullptr) throw std::invalid_argument("the default stream cannot be captured");
+        if (capture_of(stream) != nullptr) throw std::invalid_argument(named(stream) + " is captured already");
+        expect_free(guard, stream, "the stream");
+        const auto capture = std::make_shared<Capture>();
+        capture->graph->id = s.next_id++;
+        capture->origin = stream;
+        capture->thread = std::this_thread::get_id();
+        capture->mode = mode;
+        s.captures[stream] = capture;
+        s.count();
+    });
+}
+
+aclError aclmdlRICaptureGetInfo(aclrtStream stream, aclmdlRICaptureStatus* status, aclmdlRI* model) {
+    *status = ACL_MODEL_RI_CAPTURE_STATUS_NONE;
+    if (model != nullptr) *model = nullptr;
+    if (vnpu_graph_activity.load(std::memory_order_relaxed) == 0) return ACL_SUCCESS;
+    const Guard guard(state().lock);
+    const auto capture = capture_of(stream);
+    if (capture == nullptr) return ACL_SUCCESS;
+    *status = capture->invalid.empty() ? ACL_MODEL_RI_CAPTURE_STATUS_ACTIVE : ACL_MODEL_RI_CAPTURE_STATUS_INVALIDATED;
+    if (model != nullptr) *model = capture->graph.get();
+    return ACL_SUCCESS;
+}
+
+aclError aclmdlRICaptureEnd(aclrtStream stream, aclmdlRI* model) {
+    return guarded("aclmdlRICaptureEnd", [&] {
+        State& s = state();
+        const Guard guard(s.lock);
+        *model = nullptr;
+        const auto capture = capture_of(stream);
+        if (capture == nullptr) throw std::invalid_argument(named(stream) + " is not captured");
+        if (capture->origin != stream) throw std::invalid_argument("the capture began on " + named(capture->origin));
+        for (auto one = s.captures.begin(); one != s.captures.end();) {
+            one = one->second == capture ? s.captures.erase(one) : std::next(one);
+        }
+        s.count();
+        // The oldest copy of a place last: it is what was there before the capture.
+        for (auto saved = capture->saved.rbegin(); saved != capture->saved.rend(); ++saved) {
+            if (!saved->bytes.empty()) std::memcpy(saved->data, saved->bytes.data(), saved->bytes.size());
+        }
+        capture->saved.clear();
+        expect_valid(*capture, named(stream));
+        if (capture->group != nullptr) throw std::runtime_error("a task group is still open");
+        *model = capture->graph.get();
+        s.graphs[*model] = capture->graph;
+        log_graph("capture", *capture->graph);
+    });
+}
+
+aclError aclmdlRIExecuteAsync(aclmdlRI model, aclrtStream stream) {
+    return guarded("aclmdlRIExecuteAsync", [&] {
+        State& s = state();
+        Guard guard(s.lock);
+        const auto found = s.graphs.find(model);
+        if (found == s.graphs.end()) throw std::invalid_argument("this graph does not exist (any more)");
+        if (capture_of(stream) != nullptr) throw std::runtime_error("a graph inside a captured graph is not emulated");
+        log_graph("replay", *found->second);
+        s.blocked[stream].executions.push_back({found->second, 0});
+        s.count();
+        advance(guard, stream);
+    });
+}
+
+aclError aclmdlRIDestroy(aclmdlRI model) {
+    std::shared_ptr<Graph> graph;  // its closures are destroyed without the lock
+    const Guard guard(state().lock);
+    const auto found = state().graphs.find(model);
+    if (found == state().graphs.end()) return ACL_SUCCESS;
+    graph = found->second;
+    state().graphs.erase(found);
+    return ACL_SUCCESS;
+}
+
+aclError aclmdlRIDebugPrint(aclmdlRI model) {
+    const Guard guard(state().lock);
+    const auto found = state().graphs.find(model);
+    if (found == state().graphs.end()) return ACL_ERROR_INVALID_PARAM;
+    std::fprintf(stderr, "[virtual NPU] graph %lld: %zu nodes, %zu calls\n", static_cast<long long>(found->second->id),
+                 found->second->nodes.size(), found->second->operators);
+    return ACL_SUCCESS;
+}
+
+// By symbol name: headers of older wheels do not declare it.
+aclError exchange_mode(aclmdlRICaptureMode* mode) __asm__("aclmdlRICaptureThreadExchangeMode");
+aclError exchange_mode(aclmdlRICaptureMode* mode) {
+    std::swap(*mode, thread_mode);
+    return ACL_SUCCESS;
+}
+
+aclError aclmdlRICaptureTaskGrpBegin(aclrtStream stream) {
+    return guarded("aclmdlRICaptureTaskGrpBegin", [&] {
+        const Guard guard(state().lock);
+        const auto capture = capture_of(stream);
+        if (capture == nullptr) throw std::invalid_argument(named(stream) + " is not captured");
+        if (capture->group != nullptr) throw std::invalid_argument("a task group is open already");
+        capture->group = std::make_shared<Node>();
+        capture->graph->nodes.push_back(capture->group);
+    });
+}
+
+aclError aclmdlRICaptureTaskGrpEnd(aclrtStream stream, aclrtTaskGrp* handle) {
+    return guarded("aclmdlRICaptureTaskGrpEnd", [&] {
+        const Guard guard(state().lock);
+        const auto capture = capture_of(stream);
+        if (capture == nullptr || capture->group == nullptr) throw std::invalid_argument("no task group is open");
+        *handle = reinterpret_cast<aclrtTaskGrp>(new Group{capture->group});
+        capture->group = nullptr;
+    });
+}
+
+aclError aclmdlRICaptureTaskUpdateBegin(aclrtStream stream, aclrtTaskGrp handle) {
+    return guarded("aclmdlRICaptureTaskUpdateBegin", [&] {
+        State& s = state();
+        const Guard guard(s.lock);
+        const auto node = reinterpret_cast<Group*>(handle)->node.lock();
+        if (node == nullptr) throw std::invalid_argument("the graph of this task group does not exist any more");
+        if (capture_of(stream) != nullptr) throw std::invalid_argument(named(stream) + " is captured");
+        if (!s.updates.emplace(stream, Update{node, {}}).second) {
+            throw std::invalid_argument("an update is open already on " + named(stream));
+        }
+        s.count();
+    });
+}
+
+aclError aclmdlRICaptureTaskUpdateEnd(aclrtStream stream) {
+    std::vector<std::function<void()>> replaced;  // destroyed without the lock
+    return guarded("aclmdlRICaptureTaskUpdateEnd", [&] {
+        State& s = state();
+        const Guard guard(s.lock);
+        const auto found = s.updates.find(stream);
+        if (found == s.updates.end()) throw std::invalid_argument("no update is open on " + named(stream));
+        Update update = std::move(found->second);
+        s.updates.erase(found);
+        s.count();
+        if (update.calls.size() != update.node->calls.size()) {
+            throw std::invalid_argument("the task group holds " + std::to_string(update.node->calls.size()) +
+                                        " calls, the update " + std::to_string(update.calls.size()));
+        }
+        replaced = std::move(update.node->calls);
+        update.node->calls = std::move(update.calls);
+    });
+}
+
+}  // extern "C"
+#pragma GCC visibility pop
