@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The state of this process: installs the hooks, latches one verdict, answers `status`.
 
-Wrappers read `skip_sizes`; None means stock behaviour. `sync_graph_mode` can be set beside it. Stock modules are imported
-inside functions that only run in processes that have them.
+Wrappers read `skip_sizes`; None means stock behaviour. `sync_graph_mode` can be set beside it. Stock modules are
+imported inside functions that only run in processes that have them.
 """
 
 import os

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stock with ACL graphs, DP2 EP2: the tokens of eager mode, and the ledgers say that graphs were replayed for them."""
+"""ACL graphs, DP2 EP2, by stock and with graph_mode=sync: the tokens of eager mode, and which steps were graphs.
+
+With FULL_DECODE_ONLY a rank that prefills runs eagerly while an idle one replays a graph (vllm-ascend#13826).
+"""
 
 from __future__ import annotations
 
@@ -7,30 +10,35 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import httpx
+import pytest
 from demo import Cluster
-from launched_ranks import Baseline, Event, one_at_a_time, read_ranks, server
+from launched_ranks import RECOMPUTE, Baseline, Event, Server, one_at_a_time, read_ranks, server
 from toy_model import ToyModelShape
 
 SIZES = [1, 2, 4, 8]
 LAYERS = ToyModelShape().num_hidden_layers
 
 
-def serve(folder: Path, baseline: Baseline, mode: str, environment: dict[str, str]) -> list[list[Event]]:
-    """The ledgers of a node that answered the baseline's prompts in graph mode, with the baseline's tokens."""
+def node(folder: Path, baseline: Baseline, mode: str, environment: dict[str, str], *, overlay: bool = False) -> Server:
     compilation = {"cudagraph_mode": mode, "cudagraph_capture_sizes": SIZES}
     flags = [
         *("--data-parallel-size", "2", "--api-server-count", "1", "--no-enforce-eager"),
-        *("--compilation-config", json.dumps(compilation)),
+        *("--compilation-config", json.dumps(compilation), *(RECOMPUTE if overlay else ())),
     ]
     environment = {"VLLM_DISABLE_COMPILE_CACHE": "1", **environment}
-    node = server(folder / mode, baseline.model, flags, overlay=False, environment=environment)
+    return server(folder / mode, baseline.model, flags, overlay=overlay, environment=environment)
+
+
+def serve(one: Server, baseline: Baseline) -> list[list[Event]]:
+    """The ledgers of a node that answered the baseline's prompts, with the baseline's tokens."""
     with Cluster() as cluster:
-        cluster.start(node.process)
-        cluster.wait_until_ready({node.process: f"{node.url}/health"})
-        tokens = one_at_a_time(node, baseline.prompts)
+        cluster.start(one.process)
+        cluster.wait_until_ready({one.process: f"{one.url}/health"})
+        tokens = one_at_a_time(one, baseline.prompts)
         cluster.check()
     assert tokens == baseline.tokens
-    return read_ranks([node])
+    return read_ranks([one])
 
 
 def steps_with(events: list[Event], **fields: object) -> Counter[int]:
@@ -51,7 +59,7 @@ def assert_graphs_were_replayed(events: list[Event], pieces: int) -> None:
 
 def test_piecewise(baseline: Baseline, tmp_path: Path) -> None:
     """Attention is outside the graphs. Ranks are padded to the busiest one, so they use the same graphs."""
-    for events in serve(tmp_path, baseline, "PIECEWISE", {}):
+    for events in serve(node(tmp_path, baseline, "PIECEWISE", {}), baseline):
         assert_graphs_were_replayed(events, LAYERS + 1)
         serving = [event for event in events if event.get("step", -1) >= 0]
         assert not steps_with(serving, ev="ep", mode="eager")
@@ -62,10 +70,50 @@ def test_full_decode_only(baseline: Baseline, tmp_path: Path) -> None:
 
     That is upstream issue 13826: a prompt that is small enough for MC2 runs eagerly, its peer's dummy does not.
     """
-    ranks = serve(tmp_path, baseline, "FULL_DECODE_ONLY", {"VIRTUAL_NPU_MIXED_MODES": "report"})
+    ranks = serve(node(tmp_path, baseline, "FULL_DECODE_ONLY", {"VIRTUAL_NPU_MIXED_MODES": "report"}), baseline)
     eager = [steps_with(events, ev="ep", op="dispatch", mode="eager") for events in ranks]
     mixed = {step for steps in eager for step in steps if step >= 0}
     assert len(mixed) == 1  # the prompt of 5 tokens
     for events in ranks:
         assert_graphs_were_replayed(events, 1)
         assert set(steps_with(events, ev="violation", rule="mixed_modes")) == mixed
+
+
+def test_stock_that_mixes_graph_and_eager_ends_with_a_report(baseline: Baseline, tmp_path: Path) -> None:
+    short = {"VIRTUAL_NPU_TIMEOUT_S": "8"}
+    stock = node(tmp_path, baseline, "FULL_DECODE_ONLY", short)
+    with Cluster() as cluster:
+        cluster.start(stock.process)
+        cluster.wait_until_ready({stock.process: f"{stock.url}/health"})
+        with pytest.raises(httpx.HTTPError):
+            one_at_a_time(stock, baseline.prompts)
+        assert stock.ended_within(90)
+    assert "mixed_modes" in "".join(path.read_text() for path in stock.ledger.iterdir())
+
+
+def test_ranks_agree_on_the_graph_mode(baseline: Baseline, tmp_path: Path) -> None:
+    """With the overlay and graph_mode=sync: no metadata, one int per step, and never both modes in one step."""
+    overlay = node(tmp_path, baseline, "FULL_DECODE_ONLY", {"DP_SYNC_PATCH_GRAPH_MODE": "sync"}, overlay=True)
+    ranks = serve(overlay, baseline)
+    assert overlay.log.count("the ranks agree on the graph mode of every step") == 2
+    graphs = []
+    for events in ranks:
+        # The last step may be cut off at the end of the process.
+        steps = range(max(event["step"] for event in events))
+        collectives = [
+            event for event in events if event["ev"] == "collective" and event.get("group") in ("dp", "dp:0")
+        ]
+        serving = [event for event in collectives if event["step"] in steps]
+        assert Counter(event["step"] for event in serving) == dict.fromkeys(steps, 1)
+        assert {(event.get("backend"), event["kind"], event["bytes"]) for event in serving} == {
+            ("gloo", "all_reduce", 4)
+        }
+        by_mode = [
+            steps_with(events, ev="ep", op="dispatch", mode=mode).keys() & set(steps) for mode in ("graph", "eager")
+        ]
+        assert not by_mode[0] & by_mode[1]
+        assert by_mode[0] | by_mode[1] == set(steps)
+        assert len(by_mode[0]) > 40
+        assert by_mode[1]  # those in which a rank prefilled
+        graphs.append(by_mode[0])
+    assert graphs[0] == graphs[1]
