@@ -57,6 +57,7 @@ def assert_graphs_were_replayed(events: list[Event], pieces: int) -> None:
     assert in_graph == steps_with(events, ev="ep", op="combine", mode="graph")
 
 
+@pytest.mark.long
 def test_piecewise(baseline: Baseline, tmp_path: Path) -> None:
     """Attention is outside the graphs. Ranks are padded to the busiest one, so they use the same graphs."""
     for events in serve(node(tmp_path, baseline, "PIECEWISE", {}), baseline):
@@ -79,6 +80,7 @@ def test_full_decode_only(baseline: Baseline, tmp_path: Path) -> None:
         assert set(steps_with(events, ev="violation", rule="mixed_modes")) == mixed
 
 
+@pytest.mark.long
 def test_stock_that_mixes_graph_and_eager_ends_with_a_report(baseline: Baseline, tmp_path: Path) -> None:
     short = {"VIRTUAL_NPU_TIMEOUT_S": "8"}
     stock = node(tmp_path, baseline, "FULL_DECODE_ONLY", short)
