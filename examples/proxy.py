@@ -390,7 +390,9 @@ def create_app(prefill_url: str, decode_url: str, *, max_submissions: int = 64) 
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         # A decode answer may take as long as its tokens take; a node that is down is noticed on connect.
         timeout = httpx.Timeout(None, connect=10)
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=32)
+        # A connection for each request: a node closes idle ones after five seconds, and may do so while a request is on
+        # its way.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         async with httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False) as client:
             app.state.proxy = PrefillDecodeProxy(
                 Node("prefill", prefill_url.rstrip("/"), client),
