@@ -3,6 +3,7 @@
 
 #include <acl/acl_mdl.h>
 
+#include <algorithm>
 #include <condition_variable>
 #include <cstdio>
 #include <cstring>
@@ -37,6 +38,13 @@ struct Graph {
     int64_t id = 0;
     std::vector<std::shared_ptr<Node>> nodes;
     size_t operators = 0;
+    std::set<std::pair<const char*, const char*>> memory;  // begin and end of what its calls read and write
+    bool lost_memory = false;                              // some of it was given back
+
+    bool uses(const char* begin, const char* end) const {
+        return std::any_of(memory.begin(), memory.end(),
+                           [&](const auto& range) { return range.first < end && begin < range.second; });
+    }
 };
 
 struct Saved {
@@ -84,6 +92,7 @@ struct State {
     std::map<aclrtStream, Backlog> blocked;
     std::map<aclrtStream, Update> updates;
     std::map<aclmdlRI, std::shared_ptr<Graph>> graphs;
+    std::atomic<size_t> alive{0}, externals{0};  // how many graphs and external events there are, without the lock
     int64_t next_id = 1;
 
     // Call it with the lock held, after any change.
@@ -209,6 +218,11 @@ void add_node(Capture& capture, Node::Kind kind, aclrtEvent event) {
     capture.graph->nodes.push_back(std::move(node));
 }
 
+// Whether events mean nothing to graphs: none is captured or blocked, and none can come to be by an event.
+bool events_are_plain() {
+    return vnpu_graph_activity.load(std::memory_order_relaxed) == 0 && state().externals == 0;
+}
+
 }  // namespace
 
 Turn graph_turn_of(aclrtStream stream, const char* what) {
@@ -280,13 +294,23 @@ bool graph_capturing() {
     return replaying == 0 && !state().captures.empty();
 }
 
-void graph_forget_memory(const void* data, size_t bytes) {
-    if (vnpu_graph_activity.load(std::memory_order_relaxed) == 0) return;
+void graph_uses(aclrtStream stream, const void* data, size_t bytes) {
+    const Guard guard(state().lock);
+    const auto capture = capture_of(stream);
+    const char* begin = static_cast<const char*>(data);
+    if (capture != nullptr && bytes != 0) capture->graph->memory.insert({begin, begin + bytes});
+}
+
+void graph_memory_freed(const void* data, size_t bytes) {
+    if (vnpu_graph_activity.load(std::memory_order_relaxed) == 0 && state().alive == 0) return;
     const Guard guard(state().lock);
     const char* begin = static_cast<const char*>(data);
+    const char* end = begin + bytes;
+    for (const auto& [_, graph] : state().graphs) graph->lost_memory = graph->lost_memory || graph->uses(begin, end);
     for (const auto& [_, capture] : state().captures) {
+        capture->graph->lost_memory = capture->graph->lost_memory || capture->graph->uses(begin, end);
         for (Saved& saved : capture->saved) {
-            if (begin < saved.data + saved.bytes.size() && saved.data < begin + bytes) saved.bytes.clear();
+            if (begin < saved.data + saved.bytes.size() && saved.data < end) saved.bytes.clear();
         }
     }
 }
@@ -295,15 +319,19 @@ void graph_event_created(aclrtEvent event, bool external) {
     if (!external) return;
     const Guard guard(state().lock);
     state().external[event] = {};
+    state().externals = state().external.size();
 }
 
 void graph_event_destroyed(aclrtEvent event) {
+    if (events_are_plain()) return;
     const Guard guard(state().lock);
     state().external.erase(event);
+    state().externals = state().external.size();
     state().forks.erase(event);
 }
 
 void graph_event_recorded(aclrtEvent event, aclrtStream stream) {
+    if (events_are_plain()) return;
     State& s = state();
     Guard guard(s.lock);
     const auto external = s.external.find(event);
@@ -327,6 +355,7 @@ void graph_event_recorded(aclrtEvent event, aclrtStream stream) {
 }
 
 void graph_event_reset(aclrtEvent event, aclrtStream stream) {
+    if (events_are_plain()) return;
     const Guard guard(state().lock);
     const auto external = state().external.find(event);
     if (external == state().external.end()) return;
@@ -339,6 +368,7 @@ void graph_event_reset(aclrtEvent event, aclrtStream stream) {
 }
 
 void graph_event_awaited(aclrtEvent event, aclrtStream stream) {
+    if (events_are_plain()) return;
     State& s = state();
     const Guard guard(s.lock);
     const auto capture = capture_of(stream);
@@ -354,13 +384,6 @@ void graph_event_awaited(aclrtEvent event, aclrtStream stream) {
     }
     const auto fork = s.forks.find(event);
     if (fork == s.forks.end()) return;
-    // The events of a capture that has ended order nothing any more: everything before them has run.
-    bool active = false;
-    for (const auto& [_, known] : s.captures) active = active || known == fork->second;
-    if (!active) {
-        s.forks.erase(fork);
-        return;
-    }
     if (capture == nullptr) {
         s.captures[stream] = fork->second;
     } else if (capture != fork->second) {
@@ -416,15 +439,20 @@ aclError aclmdlRICaptureGetInfo(aclrtStream stream, aclmdlRICaptureStatus* statu
 }
 
 aclError aclmdlRICaptureEnd(aclrtStream stream, aclmdlRI* model) {
+    std::shared_ptr<Capture> capture;  // its closures are destroyed without the lock
     return guarded("aclmdlRICaptureEnd", [&] {
         State& s = state();
         const Guard guard(s.lock);
         *model = nullptr;
-        const auto capture = capture_of(stream);
+        capture = capture_of(stream);
         if (capture == nullptr) throw std::invalid_argument(named(stream) + " is not captured");
         if (capture->origin != stream) throw std::invalid_argument("the capture began on " + named(capture->origin));
         for (auto one = s.captures.begin(); one != s.captures.end();) {
             one = one->second == capture ? s.captures.erase(one) : std::next(one);
+        }
+        // From now on its events order nothing: all that was before them has run.
+        for (auto one = s.forks.begin(); one != s.forks.end();) {
+            one = one->second == capture ? s.forks.erase(one) : std::next(one);
         }
         s.count();
         // The oldest copy of a place last: it is what was there before the capture.
@@ -436,6 +464,7 @@ aclError aclmdlRICaptureEnd(aclrtStream stream, aclmdlRI* model) {
         if (capture->group != nullptr) throw std::runtime_error("a task group is still open");
         *model = capture->graph.get();
         s.graphs[*model] = capture->graph;
+        s.alive = s.graphs.size();
         log_graph("capture", *capture->graph);
     });
 }
@@ -446,6 +475,7 @@ aclError aclmdlRIExecuteAsync(aclmdlRI model, aclrtStream stream) {
         Guard guard(s.lock);
         const auto found = s.graphs.find(model);
         if (found == s.graphs.end()) throw std::invalid_argument("this graph does not exist (any more)");
+        if (found->second->lost_memory) throw std::runtime_error("memory that the graph uses has been given back since");
         if (capture_of(stream) != nullptr) throw std::runtime_error("a graph inside a captured graph is not emulated");
         log_graph("replay", *found->second);
         s.blocked[stream].executions.push_back({found->second, 0});
@@ -461,6 +491,7 @@ aclError aclmdlRIDestroy(aclmdlRI model) {
     if (found == state().graphs.end()) return ACL_SUCCESS;
     graph = found->second;
     state().graphs.erase(found);
+    state().alive = state().graphs.size();
     return ACL_SUCCESS;
 }
 
@@ -516,21 +547,20 @@ aclError aclmdlRICaptureTaskUpdateBegin(aclrtStream stream, aclrtTaskGrp handle)
 }
 
 aclError aclmdlRICaptureTaskUpdateEnd(aclrtStream stream) {
-    std::vector<std::function<void()>> replaced;  // destroyed without the lock
+    Update update;  // what it leaves is destroyed without the lock
     return guarded("aclmdlRICaptureTaskUpdateEnd", [&] {
         State& s = state();
         const Guard guard(s.lock);
         const auto found = s.updates.find(stream);
         if (found == s.updates.end()) throw std::invalid_argument("no update is open on " + named(stream));
-        Update update = std::move(found->second);
+        update = std::move(found->second);
         s.updates.erase(found);
         s.count();
         if (update.calls.size() != update.node->calls.size()) {
             throw std::invalid_argument("the task group holds " + std::to_string(update.node->calls.size()) +
                                         " calls, the update " + std::to_string(update.calls.size()));
         }
-        replaced = std::move(update.node->calls);
-        update.node->calls = std::move(update.calls);
+        std::swap(update.calls, update.node->calls);
     });
 }
 

@@ -38,6 +38,8 @@ inline Turn graph_turn(aclrtStream stream, const char* what) {
 void graph_record(aclrtStream stream, std::function<void()> call);
 // Keeps memory that the capture of this stream is about to change, until the capture ends.
 void graph_preserve(aclrtStream stream, void* data, size_t bytes);
+// Memory that the latest recorded calls of this stream read or write: once it is given back, the graph cannot run.
+void graph_uses(aclrtStream stream, const void* data, size_t bytes);
 // For calls that wait for the device. With a stream: refused if it is captured, or blocked. Without (nullptr): refused
 // during captures of this thread, or in "global" mode of any thread. A refusal ends the capture.
 void graph_refuse_sync(const char* what, aclrtStream stream);
@@ -48,8 +50,8 @@ void graph_refuse_sync(const char* what, aclrtStream stream);
 bool in_graph();
 // Whether any stream is captured: what lies in memory then is not what a call will find.
 bool graph_capturing();
-// Memory that is given back is not put back when a capture ends.
-void graph_forget_memory(const void* data, size_t bytes);
+// Device memory is given back: it is not put back when a capture ends, and graphs that use it cannot run any more.
+void graph_memory_freed(const void* data, size_t bytes);
 
 // Events. A wait on a captured stream takes the waiting one into the capture; an external event stays a wait.
 void graph_event_created(aclrtEvent event, bool external);

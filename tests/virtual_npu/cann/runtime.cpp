@@ -325,7 +325,7 @@ aclError aclrtFree(void* pointer) {
     const auto found = device_memory.blocks.find(pointer);
     if (found == device_memory.blocks.end()) return fail(kBadParameter, "aclrtFree: not a pointer from aclrtMalloc");
     device_memory.used[found->second.device] -= found->second.bytes;
-    vnpu::graph_forget_memory(pointer, found->second.bytes);
+    vnpu::graph_memory_freed(pointer, found->second.bytes);
     device_memory.blocks.erase(found);
     std::free(pointer);
     return ACL_SUCCESS;
@@ -405,7 +405,7 @@ aclError aclrtUnmapMem(void* pointer) {
     if (at == MAP_FAILED || mprotect(pointer, physical->bytes, PROT_NONE) != 0) {
         return fail(kBadParameter, std::string("aclrtUnmapMem: ") + std::strerror(errno));
     }
-    vnpu::graph_forget_memory(pointer, physical->bytes);
+    vnpu::graph_memory_freed(pointer, physical->bytes);
     physical->at = at;
     physical->mapped = false;
     device_memory.mapped.erase(found);

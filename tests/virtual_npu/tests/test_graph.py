@@ -107,6 +107,12 @@ x.fill_(2.)
 second.replay()
 assert b.cpu().eq(6).all()
 del first, second
+
+own = torch.ones(8 << 20).npu()                            # a segment of its own, which goes back to the device
+graph, result = capture(lambda: own + 1)
+del own
+torch.npu.empty_cache()
+refused(graph.replay, "has been given back")
 """
 
 ERRORS = """

@@ -45,15 +45,17 @@ at::Tensor as_cpu(const at::Tensor& tensor) {
                                          c10::Device(c10::DeviceType::CPU)));
 }
 
-// The same without a reference, as a graph holds it: an address, at which other things may lie by the time of a replay.
-at::Tensor at_address(const at::Tensor& tensor) {
-    if (!tensor.defined() || !tensor.is_privateuseone()) return tensor;
-    return alias_of(tensor, c10::DataPtr(tensor.storage().mutable_data(), c10::Device(c10::DeviceType::CPU)));
-}
-
 // ---- graphs ---------------------------------------------------------------------------------------------------------------
 
 aclrtStream current_stream() { return c10_npu::getCurrentNPUStream().stream(false); }
+
+// As as_cpu, but without a reference, as a graph holds tensors: an address, at which other things may lie at a replay.
+at::Tensor at_address(const at::Tensor& tensor) {
+    if (!tensor.defined() || !tensor.is_privateuseone()) return tensor;
+    void* data = tensor.storage().mutable_data();
+    graph_uses(current_stream(), data, tensor.storage().nbytes());
+    return alias_of(tensor, c10::DataPtr(data, c10::Device(c10::DeviceType::CPU)));
+}
 
 // Whether the call that is being made runs, or what else becomes of it. One load in eager mode.
 Turn current_turn(const char* what) {

@@ -27,6 +27,15 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
+def at_address(value: Any, kernels: Kernels) -> Any:
+    """An argument as a graph holds it: addresses of device memory, copies of what lies on the host."""
+    if isinstance(value, Tensor):
+        return value.clone() if value.device.type == "cpu" else kernels.at_address(value)
+    if isinstance(value, (list, tuple)):
+        return [at_address(item, kernels) for item in value]
+    return value
+
+
 def captured_kernel(
     name: str, function: Callable[..., Any], undeclared: tuple[str, ...], kernels: Kernels
 ) -> Callable[[int, tuple[Any, ...], dict[str, Any]], Any]:
@@ -45,22 +54,12 @@ def captured_kernel(
     ]
 
     def call(turn: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        passed: dict[int, tuple[Tensor, Tensor]] = {}  # as in kernel()
-
-        def address(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                if value.device.type == "cpu":
-                    return value.clone()  # host values become part of a graph
-                alias = kernels.at_address(value)
-                passed[id(alias)] = (alias, value)
-                return alias
-            if isinstance(value, (list, tuple)):
-                return [address(item) for item in value]
-            return value
-
         given = dict(zip(positional, args, strict=False)) | kwargs
-        own_args = [address(value) for value in args]
-        own_kwargs = {key: address(value) for key, value in kwargs.items()}
+        own_args = [at_address(value, kernels) for value in args]
+        own_kwargs = {key: at_address(value, kernels) for key, value in kwargs.items()}
+        pairs = zip(tensors_in([own_args, *own_kwargs.values()]), tensors_in([args, *kwargs.values()]), strict=True)
+        passed = {id(own): npu for own, npu in pairs}
+        device = next(tensor for tensor in passed.values() if tensor.device.type != "cpu")
         changed = [tensor for argument in written for tensor in tensors_in(given.get(argument))]
         places: list[Tensor | None] = []  # where each result lies; None: in an argument
 
@@ -87,8 +86,8 @@ def captured_kernel(
                 known = passed.get(id(value))
                 if known is not None:
                     places.append(None)
-                    return known[1]
-                result = kernels.as_npu(value, next(iter(passed.values()))[1])
+                    return known
+                result = kernels.as_npu(value, device)
                 places.append(kernels.at_address(result))
                 return result
             if isinstance(value, (list, tuple)):
