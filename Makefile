@@ -16,7 +16,7 @@ help:
 	@echo "make demo   prefill/decode pair over HTTP, stock against overlay; writes build/demo/report.json (ARGS=--help)"
 	@echo "make test   lint, type check and all default tests"
 	@echo "make test-long  the cases that the default run leaves out"
-	@echo "make matrix  all supported stock versions, one after another (about an hour); VERSIONS=\"0.18.0 0.23.0\" for some"
+	@echo "make matrix  all supported stock versions, one after another (some hours); VERSIONS=\"0.18.0 0.23.0\" for some"
 	@echo "make lint   ruff and mypy only"
 	@echo "make clean  remove build/"
 

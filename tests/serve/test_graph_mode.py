@@ -66,6 +66,7 @@ def test_piecewise(baseline: Baseline, tmp_path: Path) -> None:
         assert not steps_with(serving, ev="ep", mode="eager")
 
 
+@pytest.mark.long
 def test_full_decode_only(baseline: Baseline, tmp_path: Path) -> None:
     """Attention is inside the graphs and updated in them. The idle rank replays a graph while its peer prefills.
 
