@@ -85,6 +85,7 @@ struct Update {
 
 struct State {
     std::mutex lock;
+    const char* refusal = nullptr;  // why no stream may be captured
     std::condition_variable settled;  // a thread has stopped running a replay
     std::map<aclrtStream, std::shared_ptr<Capture>> captures;  // by every stream that takes part
     std::map<aclrtEvent, std::shared_ptr<Capture>> forks;      // ordinary events that were recorded in a capture
@@ -286,6 +287,11 @@ void graph_refuse_sync(const char* what, aclrtStream stream) {
     }
 }
 
+void graph_refuse_captures(const char* why) {
+    const Guard guard(state().lock);
+    state().refusal = why;
+}
+
 bool in_graph() { return replaying != 0; }
 
 bool graph_capturing() {
@@ -413,6 +419,7 @@ aclError aclmdlRICaptureBegin(aclrtStream stream, aclmdlRICaptureMode mode) {
     return guarded("aclmdlRICaptureBegin", [&] {
         State& s = state();
         Guard guard(s.lock);
+        if (s.refusal != nullptr) throw std::runtime_error(s.refusal);
         if (stream == nullptr) throw std::invalid_argument("the default stream cannot be captured");
         if (capture_of(stream) != nullptr) throw std::invalid_argument(named(stream) + " is captured already");
         expect_free(guard, stream, "the stream");
