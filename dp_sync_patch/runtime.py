@@ -205,8 +205,11 @@ def confirm(runner: Any) -> None:
     moved: list[str] = []
     if plan.state is not State.SKIP:
         moved.extend(str(reason) for reason in plan.reasons)
-    elif plan.sizes != first.plan.sizes:
-        moved.append(f"sizes {plan.sizes} instead of {first.plan.sizes}")
+    else:
+        for name in ("sizes", "mode_sync"):
+            now, then = getattr(plan, name), getattr(first.plan, name)
+            if now != then:
+                moved.append(f"{name} {now} instead of {then}")
     capacity = live.mc2_tokens_capacity(runner)
     if capacity != first.plan.sizes.bound:
         moved.append(f"mc2_tokens_capacity {capacity} instead of {first.plan.sizes.bound}")

@@ -393,6 +393,7 @@ def latching(folder: str) -> dict[str, Any]:
     import vllm_ascend.ops
     import vllm_ascend.utils
     from torch.distributed import HashStore
+    from vllm.config import CUDAGraphMode
     from vllm_ascend.worker.model_runner_v1 import NPUModelRunner
 
     vllm_ascend.utils.init_ascend_soc_version()
@@ -423,7 +424,7 @@ def latching(folder: str) -> dict[str, Any]:
         folder,
         enforce_eager=None,
         compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 24, 40]},
-        additional_config={"dp_sync_patch": {"agreement_timeout_s": 5}},
+        additional_config={"dp_sync_patch": {"agreement_timeout_s": 5, "graph_mode": "sync"}},
     )
     runner = runner_for(config)
     stock_capacity = runner.mc2_tokens_capacity
@@ -449,6 +450,12 @@ def latching(folder: str) -> dict[str, Any]:
     store.delete_key("dp_sync_patch/kv-cache/verdict")
     runner.mc2_tokens_capacity = stock_capacity
     found["moved"] = _error_of(lambda: runtime.confirm(runner))
+
+    # As when an attention backend does not support one FULL graph for all batches.
+    store.delete_key("dp_sync_patch/kv-cache/verdict")
+    runner.mc2_tokens_capacity = found["capacity"]
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
+    found["other_mode"] = _error_of(lambda: runtime.confirm(runner))
     return found
 
 

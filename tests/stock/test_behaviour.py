@@ -159,6 +159,9 @@ def test_both_rounds(tmp_path: Path) -> None:
     assert found["another_runner"].startswith("AgreementError: DSP205")
     assert found["moved"].startswith("AgreementError: DSP206")
     assert "mc2_tokens_capacity 40 instead of 16" in found["moved"]
+    assert found["other_mode"].startswith(
+        "AgreementError: DSP206 the configuration moved after start-up: mode_sync True"
+    )
 
 
 def test_refusals_are_said_and_require_stops(tmp_path: Path) -> None:
