@@ -139,7 +139,7 @@ def latch(runner: Any) -> None:
 
     Raises:
         SettingsError, SkipRequiredError: see there.
-        AgreementError: a second runner in this process would need another decision.
+        AgreementError: a second runner in this process would need another decision, or the store is gone.
     """
     global _latched, skip_sizes
     configured = settings.load(runner.vllm_config.additional_config)
@@ -154,20 +154,37 @@ def latch(runner: Any) -> None:
     plan = make_plan(found, configured.mode, _not_intact(), graph_mode=configured.graph_mode)
     verdict = None
     if concerns(found):
-        verdict = agreement.decide(
-            _store(),
-            _record(configured, found, plan),
-            round_name="start",
-            rank=rank,
-            world_size=world_size,
-            timeout_s=configured.agreement_timeout_s,
-        )
+        verdict = _agree("start", _record(configured, found, plan), configured, rank, world_size)
     state = settle(plan.state, verdict, own_skip=stock.require().own_skip)
     _latched = _Latched(configured, found, plan, state, verdict, rank, world_size)
     _report(_latched)
     if configured.mode == "require" and state is not State.SKIP:
         raise SkipRequiredError("DSP204", f"mode=require, but: {'; '.join(_why(_latched))}")
     _put_in_force(runner, state, plan)
+
+
+def _agree(
+    round_name: str, record: dict[str, Any], configured: Settings, rank: int, world_size: int
+) -> agreement.Verdict:
+    """`agreement.decide` through torch's store, which lives in the process of rank 0.
+
+    Raises:
+        AgreementError: the store is gone. No rank goes on then: nobody knows what rank 0 has decided.
+    """
+    from torch.distributed import DistError
+
+    try:
+        return agreement.decide(
+            _store(),
+            record,
+            round_name=round_name,
+            rank=rank,
+            world_size=world_size,
+            timeout_s=configured.agreement_timeout_s,
+        )
+    except DistError as error:
+        what = f"rank {rank} lost the key-value store in the process of rank 0: {error}"
+        raise AgreementError("DSP207", what) from error
 
 
 def settle(planned: State, verdict: agreement.Verdict | None, *, own_skip: bool) -> State:
@@ -213,14 +230,8 @@ def confirm(runner: Any) -> None:
     capacity = live.mc2_tokens_capacity(runner)
     if capacity != first.plan.sizes.bound:
         moved.append(f"mc2_tokens_capacity {capacity} instead of {first.plan.sizes.bound}")
-    verdict = agreement.decide(
-        _store(),
-        {"moved": "; ".join(moved), **_record(first.settings, found, plan)},
-        round_name="kv-cache",
-        rank=first.rank,
-        world_size=first.world_size,
-        timeout_s=first.settings.agreement_timeout_s,
-    )
+    record = {"moved": "; ".join(moved), **_record(first.settings, found, plan)}
+    verdict = _agree("kv-cache", record, first.settings, first.rank, first.world_size)
     if moved or not verdict.agreed:
         problem = "; ".join([*moved, verdict.why] if verdict.why else moved)
         raise AgreementError("DSP206", f"the configuration moved after start-up: {problem}")

@@ -71,7 +71,6 @@ _0_12_0rc1 = replace(
     _0_11_0,
     vllm="0.12.0",
     vllm_ascend="0.12.0rc1",
-    has_been_run=False,
     own_skip=True,
     schedulers=_VLLM_SCHEDULERS | {_RECOMPUTE, _ASYNC_RECOMPUTE},
     recompute_schedulers=frozenset({_RECOMPUTE, _ASYNC_RECOMPUTE}),
@@ -90,7 +89,6 @@ _0_18_0 = replace(
     _0_13_0,
     vllm="0.18.0",
     vllm_ascend="0.18.0",
-    has_been_run=True,
     max_draft_passes=_ANY,  # no longer dependent on what is in the batch
     a2_max_local_experts=24,
 )

@@ -6,8 +6,11 @@ Requests go straight to a process of choice, and every figure comes from the led
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -15,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import demo
 import httpx
 from demo import HOST, OVERLAY_PLUGINS, STOCK_PLUGINS, Process, free_port, node_environment
 
@@ -151,6 +155,20 @@ def launched_apart(
         flags = [*common, "--data-parallel-rank", str(rank)]
         servers.append(server(folder / f"rank{rank}", model, flags, overlay=with_overlay, environment=environment))
     return servers
+
+
+def changed_overlay(folder: Path, file: str, old: str, new: str) -> dict[str, str]:
+    """A copy of the overlay with one text replaced; returns the environment of a process that is to load the copy."""
+    spec = importlib.util.find_spec("dp_sync_patch")
+    assert spec is not None
+    assert spec.origin is not None
+    copy = folder / "dp_sync_patch"
+    shutil.copytree(Path(spec.origin).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    text = (copy / file).read_text()
+    assert text.count(old) == 1
+    (copy / file).write_text(text.replace(old, new))
+    # Without PYTHONSAFEPATH the current folder, which may be the checkout, comes first.
+    return {"PYTHONPATH": os.pathsep.join([str(folder), str(demo.HERE)]), "PYTHONSAFEPATH": "1"}
 
 
 def wait_until_idle(servers: Iterable[Server], quiet_s: float = 0.3, timeout_s: float = 60) -> int:

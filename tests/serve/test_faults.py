@@ -6,10 +6,7 @@ Every rank is a `vllm serve` of its own where the ranks must differ.
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import re
-import shutil
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +22,7 @@ from launched_ranks import (
     SMALL,
     Baseline,
     Event,
+    changed_overlay,
     launched_apart,
     read_ranks,
     server,
@@ -32,20 +30,6 @@ from launched_ranks import (
 )
 
 BUDGET = int(SMALL[SMALL.index("--max-num-batched-tokens") + 1])
-
-
-def changed_overlay(folder: Path, file: str, old: str, new: str) -> dict[str, str]:
-    """A copy of the overlay with one text replaced; returns the environment of a process that is to load the copy."""
-    spec = importlib.util.find_spec("dp_sync_patch")
-    assert spec is not None
-    assert spec.origin is not None
-    copy = folder / "dp_sync_patch"
-    shutil.copytree(Path(spec.origin).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    text = (copy / file).read_text()
-    assert text.count(old) == 1
-    (copy / file).write_text(text.replace(old, new))
-    # Without PYTHONSAFEPATH the current folder, which may be the checkout, comes first.
-    return {"PYTHONPATH": os.pathsep.join([str(folder), str(demo.HERE)]), "PYTHONSAFEPATH": "1"}
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from toy_deepseek import LAYERS, VOCAB, write_toy_deepseek
 TP_SIZE, EP_SIZE = 2, 4
 MAX_NUM_SEQS = 32
 SLOW_RANK, SLOW_MS = 1, 100
-LONG_PROMPT = 16_000
+LONG_PROMPT = 4_000
 # The long request ends at this limit: its last drafts have no room.
 MAX_MODEL_LEN = LONG_PROMPT + 8
 RECOMPUTE = ("--additional-config", json.dumps({"recompute_scheduler_enable": True}))

@@ -463,7 +463,7 @@ def refusing(folder: str) -> dict[str, Any]:
     """A latch that ends in `sync`: log lines, and `require`."""
     import vllm_ascend.ops
     import vllm_ascend.utils
-    from torch.distributed import HashStore
+    from torch.distributed import HashStore, TCPStore
     from vllm_ascend.worker.model_runner_v1 import NPUModelRunner
 
     vllm_ascend.utils.init_ascend_soc_version()
@@ -480,6 +480,13 @@ def refusing(folder: str) -> dict[str, Any]:
         assert runtime.skip_sizes is None
         return {"error": error, "state": dp_sync_patch.status()["state"], "reasons": dp_sync_patch.status()["reasons"]}
 
+    def latch_without_store() -> Any:
+        server = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+        client = TCPStore("127.0.0.1", server.port, None, False)
+        del server
+        runtime._store = lambda: client
+        return latch()
+
     short = {"agreement_timeout_s": 0.2}
     return {
         "missing_peers": latch(additional_config={"dp_sync_patch": short}),
@@ -487,6 +494,7 @@ def refusing(folder: str) -> dict[str, Any]:
         "off": latch(additional_config={"dp_sync_patch": {**short, "mode": "off"}}),
         "one_rank": latch(data_parallel_size=1),
         "unknown_key": latch(additional_config={"dp_sync_patch": {"modus": "auto"}}),
+        "no_store": latch_without_store(),
         "state": State.SYNC.name,
     }
 

@@ -171,6 +171,8 @@ def test_refusals_are_said_and_require_stops(tmp_path: Path) -> None:
     assert missing["reasons"] == ["DSP202 no answer within 0.2 s from rank(s) 1, 2, 3"]
     assert "DSP202 no answer within 0.2 s from rank(s) 1, 2, 3; in force on rank 0: sync (stock vllm-ascend)" in log
     assert found["require"]["error"].startswith("SkipRequiredError: DSP204")
+    lost = "AgreementError: DSP207 rank 0 lost the key-value store in the process of rank 0: "
+    assert found["no_store"]["error"].startswith(lost)
     assert (found["off"]["error"], found["off"]["state"]) == ("", "off")
     assert (found["one_rank"]["error"], found["one_rank"]["state"]) == ("", "off")
     assert found["one_rank"]["reasons"][0].startswith("DSP001")

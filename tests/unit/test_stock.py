@@ -13,7 +13,7 @@ from dp_sync_patch import source_check, stock
 from dp_sync_patch.errors import SettingsError, StandDownError
 
 # vllm-ascend -> vllm
-PAIRS = {"0.11.0": "0.11.0", "0.18.0": "0.18.0", "0.23.0": "0.23.0"}
+PAIRS = {"0.11.0": "0.11.0", "0.12.0rc1": "0.12.0", "0.13.0": "0.13.0", "0.18.0": "0.18.0", "0.23.0": "0.23.0"}
 
 
 @pytest.mark.parametrize(("ascend", "vllm"), PAIRS.items())
@@ -27,8 +27,8 @@ def test_a_version_that_has_been_run_is_found(ascend: str, vllm: str, build: str
 @pytest.mark.parametrize(
     ("vllm", "ascend"),
     [
-        ("0.12.0", "0.12.0rc1"),  # run in part only
-        ("0.13.0", "0.13.0"),
+        ("0.12.0", "0.12.0"),  # a pre-release is known, the release is not
+        ("0.13.0", "0.12.0rc1"),
         ("0.18.1", "0.18.1"),  # between two known ones
         ("0.25.1", "0.25.1rc1"),  # newer than all
         ("0.23.0", "0.23.0rc1"),

@@ -290,7 +290,11 @@ class HandedOver:
 
 @pytest.fixture(scope="module", params=[False, True] if ASYNC else [False], ids=lambda value: f"async_{value}")
 def handed_over(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> HandedOver:
-    """A decode node with so few KV blocks that two requests of a rank soon need more than there are."""
+    """A decode node with so few KV blocks that three requests of a rank soon need more than there are.
+
+    No fewer: requests whose KV has been loaded keep their block while they wait for the next one, and stock takes it
+    from none of them. With three blocks three of them once waited for ever.
+    """
     configuration = Configuration(min(3, STOCK.max_draft_passes), 1, request.param)
     load = [
         LoadRequest(index, min(index, 1) * 3.0, prompt, count)
@@ -303,7 +307,7 @@ def handed_over(request: pytest.FixtureRequest, model: Path, tmp_path_factory: p
     with Cluster() as cluster:
         pair = PrefillDecodePair(cluster, folder, model, ["--num-gpu-blocks-override", "64"], prefill)
         for name, more in (("skip", ()), ("sync", REFUSED)):
-            flags = [*configuration.arguments(), "--num-gpu-blocks-override", "4", "--max-num-batched-tokens", "64"]
+            flags = [*configuration.arguments(), "--num-gpu-blocks-override", "5", "--max-num-batched-tokens", "64"]
             with pair.decode_node(name, [*flags, *more], overlay=True) as node:
                 tokens = node.send(load)
                 node.wait_until_idle()

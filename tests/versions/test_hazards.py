@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What stock's own skip does not look at: each case hangs or is refused on stock, and works with the overlay.
 
-All cases are of 0.12.0rc1 and 0.13.0, in eager mode. The overlay's answer to all of them is `sync`: counts are padded
-to the busiest rank, and all ranks choose the same method.
+All cases are of 0.12.0rc1 and 0.13.0, in eager mode but for the last one. The overlay's answer to all of them is
+`sync`: counts are padded to the busiest rank, and all ranks choose the same method and graph mode.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import httpx
 import pytest
 from demo import Cluster
 from launched_ranks import A2, A2_SIZE, MAX_NUM_SEQS, RECOMPUTE, Prompt, Server, server
-from node_runs import Run, assert_stock_skips_and_hangs, make_prompts, run, serve
+from node_runs import DP2, Run, assert_stock_skips_and_hangs, make_prompts, run, serve
 from toy_deepseek import write_toy_deepseek
 from toy_model import ToyModelShape, write_toy_model
 
@@ -30,6 +30,7 @@ LONG = (40, 12)
 GROWING = (5, 150)
 FEW_BLOCKS = ("--num-gpu-blocks-override", "4")
 HIERARCHY = {"HCCL_INTRA_PCIE_ENABLE": "1", "HCCL_INTRA_ROCE_ENABLE": "0"}
+FULL_GRAPHS = {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]}
 TWO_DRAFTS = ("--speculative-config", json.dumps({"method": "mtp", "num_speculative_tokens": 2}))
 
 
@@ -130,3 +131,34 @@ if STOCK.vllm_ascend in ("0.12.0rc1", "0.13.0"):
         result = run(tmp_path / "node", drafting_model, prompts, TWO_DRAFTS)
         assert_synchronised(result, prompts, "DSP142", passes=2)
         assert result.tokens[0] == result.tokens[1]
+
+    def with_full_graphs(folder: Path, model: Path, *, overlay: bool) -> Server:
+        flags = [*DP2, "--no-enforce-eager", "--compilation-config", json.dumps(FULL_GRAPHS)]
+        environment = {"VLLM_DISABLE_COMPILE_CACHE": "1", "VIRTUAL_NPU_TIMEOUT_S": "20"}
+        return server(folder, model, flags, overlay=overlay, environment=environment)
+
+    def test_stock_with_full_graphs_skips_and_mixes_modes(model: Path, tmp_path: Path) -> None:
+        """vllm-ascend#13826: a rank prefills a prompt that fits MC2, eagerly; the idle one replays a graph."""
+        node = with_full_graphs(tmp_path / "stock", model, overlay=False)
+        (prompt,) = make_prompts([SHORT])
+        with Cluster() as cluster:
+            cluster.start(node.process)
+            cluster.wait_until_ready({node.process: f"{node.url}/health"})
+            with pytest.raises(httpx.HTTPError):
+                node.complete(*prompt)
+            assert node.ended_within(90)
+        events = [json.loads(line) for path in node.ledger.iterdir() for line in path.read_text().splitlines()]
+        assert any(event["ev"] == "violation" and event["rule"] == "mixed_modes" for event in events)
+        steps = [event for event in events if event.get("step", -1) >= 0]
+        assert not [event for event in steps if event.get("group") == "dp:0"], "stock does not skip here"
+
+    def test_full_graphs_are_synchronised(model: Path, tmp_path: Path) -> None:
+        prompts = make_prompts([SHORT, LONG, (9, 40)])
+        result = serve(with_full_graphs(tmp_path / "node", model, overlay=True), prompts)
+        assert_synchronised(result, prompts, "DSP125")
+        modes = [{event["step"]: event["mode"] for event in result.dispatches(rank)} for rank in (0, 1)]
+        common = modes[0].keys() & modes[1].keys()
+        assert {modes[0][step] for step in common} == {"graph", "eager"}
+        assert all(modes[0][step] == modes[1][step] for step in common)
+        assert not [event for events in result.ranks for event in events if event["ev"] == "violation"]
+        assert result.tokens == run(tmp_path / "eager", model, prompts, ()).tokens

@@ -488,6 +488,9 @@ aclError aclrtGetStreamOverflowSwitch(aclrtStream, uint32_t* flag) {
     *flag = 0;
     return ACL_SUCCESS;
 }
+// By symbol name: headers of older wheels do not declare it. Its attributes are about failures, overflow and profiling.
+aclError set_attribute(aclrtStream, int, const void*) __asm__("aclrtSetStreamAttribute");
+aclError set_attribute(aclrtStream, int, const void*) { return ACL_SUCCESS; }
 aclError aclrtSynchronizeStream(aclrtStream stream) { return refuse_sync("aclrtSynchronizeStream", stream); }
 aclError aclrtSynchronizeStreamWithTimeout(aclrtStream stream, int32_t) { return aclrtSynchronizeStream(stream); }
 aclError aclrtSynchronizeDevice() { return refuse_sync("aclrtSynchronizeDevice"); }

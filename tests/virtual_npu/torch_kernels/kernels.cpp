@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/to_native.h>
 #include <c10/core/CPUAllocator.h>
 #include <torch/extension.h>
 #include <torch/library.h>
@@ -375,7 +376,7 @@ const std::set<std::string> kKeptByTorchNpu = {
 // Here torch_npu replaces a composite by its own kernel already at the autograd key, above PrivateUse1.
 const std::set<std::string> kAutogradOverrides = {
     "where", "one_hot", "argsort", "argsort.stable", "repeat_interleave.self_int", "repeat_interleave.self_Tensor",
-    "contiguous", "to.dtype", "to.other", "to.device", "to.dtype_layout",
+    "contiguous",
 };
 
 std::vector<std::unique_ptr<torch::Library>>& libraries() {
@@ -394,9 +395,9 @@ std::string full_name(const c10::OperatorName& name) {
 
 // Overrides torch_npu's aten kernels; returns how many. Called once, after torch_npu is imported.
 int64_t install() {
-    if constexpr (TORCH_VERSION_MAJOR != 2 || TORCH_VERSION_MINOR != 7) {
+    if constexpr (TORCH_VERSION_MAJOR != 2 || TORCH_VERSION_MINOR > 8) {
         // Later releases do something else around external events and task groups.
-        graph_refuse_captures("ACL graphs are emulated for torch_npu 2.7 only");
+        graph_refuse_captures("ACL graphs are emulated for torch_npu 2.7 and 2.8 only");
     }
     auto& dispatcher = c10::Dispatcher::singleton();
     const std::set<std::string> own = {"copy_", "_copy_from", "_copy_from_and_resize", "_to_copy", "clone", "_local_scalar_dense",
@@ -429,7 +430,26 @@ int64_t install() {
         }
         ++count;
     }
-    return count + static_cast<int64_t>(own.size());
+    // These go on to _to_copy, and so to what a tracer such as Dynamo puts in between: its tensors have no memory.
+    autograd.impl("to.dtype", [](const at::Tensor& self, c10::ScalarType dtype, bool non_blocking, bool copy,
+                                 std::optional<c10::MemoryFormat> format) {
+        return at::native::to(self, dtype, non_blocking, copy, format);
+    });
+    autograd.impl("to.device", [](const at::Tensor& self, c10::Device device, c10::ScalarType dtype, bool non_blocking, bool copy,
+                                  std::optional<c10::MemoryFormat> format) {
+        return at::native::to(self, device, dtype, non_blocking, copy, format);
+    });
+    autograd.impl("to.other", [](const at::Tensor& self, const at::Tensor& other, bool non_blocking, bool copy,
+                                 std::optional<c10::MemoryFormat> format) {
+        return at::native::to(self, other, non_blocking, copy, format);
+    });
+    autograd.impl("to.dtype_layout",
+                  [](const at::Tensor& self, std::optional<c10::ScalarType> dtype, std::optional<c10::Layout> layout,
+                     std::optional<c10::Device> device, std::optional<bool> pin_memory, bool non_blocking, bool copy,
+                     std::optional<c10::MemoryFormat> format) {
+                      return at::native::to(self, dtype, layout, device, pin_memory, non_blocking, copy, format);
+                  });
+    return count + 4 + static_cast<int64_t>(own.size());
 }
 
 }  // namespace
