@@ -136,12 +136,14 @@ def launched_apart(
     *,
     overlay: Sequence[bool],
     environments: Sequence[dict[str, str]] = (),
+    own_arguments: Sequence[Iterable[str]] = (),
 ) -> list[Server]:
     """One server per DP rank, each on its own device, as behind an external load balancer.
 
     Args:
         overlay: for each rank whether it loads the overlay; its length is the number of ranks.
         environments: variables of each rank on top of the demo's.
+        own_arguments: flags of each rank beside `arguments`.
     """
     size = len(overlay)
     common = [
@@ -152,7 +154,7 @@ def launched_apart(
     servers = []
     for rank, with_overlay in enumerate(overlay):
         environment = {"ASCEND_RT_VISIBLE_DEVICES": str(rank)} | (environments[rank] if environments else {})
-        flags = [*common, "--data-parallel-rank", str(rank)]
+        flags = [*common, "--data-parallel-rank", str(rank), *(own_arguments[rank] if own_arguments else ())]
         servers.append(server(folder / f"rank{rank}", model, flags, overlay=with_overlay, environment=environment))
     return servers
 

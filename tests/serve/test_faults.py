@@ -6,6 +6,7 @@ Every rank is a `vllm serve` of its own where the ranks must differ.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -113,6 +114,33 @@ def test_field_case_30_other_settings_and_another_version(baseline: Baseline, un
         assert re.search(r"version '9\.(\S+)' instead of '\1'", line)
         assert line.endswith(f"; in force on rank {rank}: sync (stock vllm-ascend)")
     assert_stock_ran(baseline, unequal["different"])
+
+
+@pytest.mark.long
+def test_ranks_with_other_capture_sizes_do_not_skip(baseline: Baseline, tmp_path: Path) -> None:
+    """The overlay names both lists, and leaves the ranks to stock, which ends while it captures."""
+    graphs = [
+        json.dumps({"cudagraph_mode": "PIECEWISE", "cudagraph_capture_sizes": sizes})
+        for sizes in ([1, 2, 4, 8], [1, 2, 8])
+    ]
+    servers = launched_apart(
+        tmp_path,
+        baseline.model,
+        RECOMPUTE,
+        overlay=[True, True],
+        environments=[{"VLLM_DISABLE_COMPILE_CACHE": "1", "VIRTUAL_NPU_TIMEOUT_S": "8"}] * 2,
+        own_arguments=[("--no-enforce-eager", "--compilation-config", config) for config in graphs],
+    )
+    with Cluster() as cluster:
+        for one in servers:
+            cluster.start(one.process)
+        for one in reversed(servers):
+            assert one.ended_within(180), f"{one.process.name} hangs"
+    for rank, one in enumerate(servers):
+        (line,) = re.findall(r".*\bDSP\d{3} .*", one.log)
+        assert "DSP201 ranks differ from rank 0; rank 1: facts.capture_sizes [1, 2, 8] instead of [1, 2, 4, 8]" in line
+        assert line.endswith(f"; in force on rank {rank}: sync (stock vllm-ascend)")
+    assert "AssertionError: Aclgraph runtime mode mismatch" in servers[1].log
 
 
 def test_a_rank_that_leaves_mc2_stops_before_it_communicates(baseline: Baseline, tmp_path: Path) -> None:

@@ -44,3 +44,14 @@ def test_every_metric_is_listed() -> None:
     listed = set(re.findall(r"`(?:dp_sync_patch_|\.\.\._)(\w+)_total`", section))
     assert listed == set(metrics.HELP)
     assert "`dp_sync_patch_skip`" in section
+
+
+def test_every_fault_names_a_test_that_exists() -> None:
+    faults = (ROOT / "tests" / "serve" / "FAULTS.md").read_text()
+    rows = [row for row in faults.splitlines() if row.startswith("| ") and not row.startswith("| fault ")]
+    named = [re.search(r"\| `(test_\w+)` \|$", row) for row in rows]
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    assert len(rows) > 10
+    for row, name in zip(rows, named, strict=True):
+        assert name is not None, row
+        assert f"def {name[1]}(" in tests, row
