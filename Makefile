@@ -11,11 +11,12 @@ UV := $(TOOLS)/bin/uv
 REQUIREMENTS := tests/stock/envs/$(STOCK)
 NPU_SOURCES := $(shell find tests/virtual_npu -type f -not -name '*.md' -not -path '*/tests/*' -not -name '*.pyc')
 
-.PHONY: help setup demo test test-newest test-long matrix lint clean
+.PHONY: help setup demo test test-newest test-long soak matrix lint clean
 help:
 	@echo "make demo   prefill/decode pair over HTTP, stock against overlay; writes build/demo/report.json (ARGS=--help)"
 	@echo "make test   lint, type check and all default tests"
 	@echo "make test-long  the cases that the default run leaves out"
+	@echo "make soak   half an hour of mixed load with graphs and requests that are given up; ARGS=\"--minutes 5\""
 	@echo "make matrix  all supported stock versions, one after another (some hours); VERSIONS=\"0.18.0 0.23.0\" for some"
 	@echo "make lint   ruff and mypy only"
 	@echo "make clean  remove build/"
@@ -33,6 +34,9 @@ test-newest: setup
 
 test-long: setup
 	$(PY) -m pytest tests -m long $(ARGS)
+
+soak: setup
+	$(PY) tests/serve/soak.py $(ARGS)
 
 matrix: setup
 	$(PY) tests/versions/matrix.py $(VERSIONS)
