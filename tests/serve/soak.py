@@ -45,7 +45,7 @@ ALLOWED_MIB = 16.0
 
 @dataclass(frozen=True)
 class Sample:
-    """The node while it is idle: memory and open files by process id, and how many segments /dev/shm holds."""
+    """The node while it is idle: memory and open files by process id, and how many shared segments they map."""
 
     at_s: float
     rss_mib: dict[int, float]
@@ -132,11 +132,12 @@ def look_at(node: Server, began: float) -> Sample:
     assert node.process.popen is not None
     server_process = psutil.Process(node.process.popen.pid)
     processes = [server_process, *server_process.children(recursive=True)]
+    segments = {one.path for process in processes for one in process.memory_maps() if one.path.startswith("/dev/shm/")}
     return Sample(
         round(time.monotonic() - began, 1),
         {process.pid: process.memory_info().rss / 2**20 for process in processes},
         {process.pid: process.num_fds() for process in processes},
-        len(list(Path("/dev/shm").iterdir())),
+        len(segments),
     )
 
 
