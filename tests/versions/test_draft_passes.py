@@ -37,13 +37,14 @@ LONE_STEPS = 40  # of a request on rank 0 alone, field case 22
 # each length, whose tokens lead by 5/64 or more; a token that leads by 1/64 comes out differently now and then.
 TOGETHER = ((40, 12, 30), (7, 9, 123), (90, 10, 634), (6, 20, 304), (12, 16, 422), (33, 9, 532))
 IN_PIECES = (90, 10, 605)
-# Behind a prefill node: one is alone; the others arrive in a burst, shortly before they need a second block of 128
+# Behind a prefill node: one is alone; the others arrive three at a time, shortly before they need a second block of 128
 # tokens. What is given back is prefilled with the tokens made so far, whose KV is then rounded in another way.
 ALONE = (20, 40, 1010)
-BURST = (
+BURSTS = (
     *((118, 16, 1111), (120, 16, 1310), (120, 16, 1303), (121, 16, 1407), (123, 16, 1608)),
     *((123, 16, 1601), (125, 16, 1808), (126, 16, 1903), (126, 16, 1901)),
 )
+MORE = 32  # tokens that keep those of one rank together for a while; they are not compared
 
 
 def seeded(*prompts: tuple[int, int, int]) -> list[Prompt]:
@@ -290,16 +291,15 @@ class HandedOver:
 
 @pytest.fixture(scope="module", params=[False, True] if ASYNC else [False], ids=lambda value: f"async_{value}")
 def handed_over(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> HandedOver:
-    """A decode node with so few KV blocks that three requests of a rank soon need more than there are.
+    """A decode node with three KV blocks for each rank: two requests of a rank soon need more than that.
 
-    No fewer: requests whose KV has been loaded keep their block while they wait for the next one, and stock takes it
-    from none of them. With three blocks three of them once waited for ever.
+    No more than three requests at a time. One whose KV has been loaded keeps its block while it waits for the next one,
+    and stock takes it away from none: as many of them as there are blocks wait for ever.
     """
     configuration = Configuration(min(3, STOCK.max_draft_passes), 1, request.param)
-    load = [
-        LoadRequest(index, min(index, 1) * 3.0, prompt, count)
-        for index, (prompt, count) in enumerate(seeded(ALONE, *BURST))
-    ]
+    wanted = seeded(ALONE, *BURSTS)
+    prompts = [LoadRequest(index, 0.0, prompt, count + MORE) for index, (prompt, count) in enumerate(wanted)]
+    loads = [prompts[:1], *(prompts[first : first + 3] for first in range(1, len(prompts), 3))]
     prefill = ["--max-num-batched-tokens", "512", "--num-gpu-blocks-override", "64", *speculative(1)]
     prefill += ["--distributed-executor-backend", "uni", *(["--no-async-scheduling"] if ASYNC else [])]
     folder = tmp_path_factory.mktemp("handed_over")
@@ -307,11 +307,12 @@ def handed_over(request: pytest.FixtureRequest, model: Path, tmp_path_factory: p
     with Cluster() as cluster:
         pair = PrefillDecodePair(cluster, folder, model, ["--num-gpu-blocks-override", "64"], prefill)
         for name, more in (("skip", ()), ("sync", REFUSED)):
-            flags = [*configuration.arguments(), "--num-gpu-blocks-override", "5", "--max-num-batched-tokens", "64"]
+            flags = [*configuration.arguments(), "--num-gpu-blocks-override", "4", "--max-num-batched-tokens", "64"]
             with pair.decode_node(name, [*flags, *more], overlay=True) as node:
-                tokens = node.send(load)
+                answers = [answer for load in loads for answer in node.send(load)]
                 node.wait_until_idle()
                 resubmitted.append(httpx.get(f"{node.proxy_url}/health", trust_env=False).json()["resubmitted"])
+            tokens = [answer[:count] for answer, (_, count) in zip(answers, wanted, strict=True)]
             found.append((tokens, node.ranks()))
     return HandedOver(*found, resubmitted, request.param)
 
