@@ -28,10 +28,27 @@ struct ExternalEvent {
     bool recorded = false;
 };
 
+// A number in device memory, and what a stream does with it: torch_npu 2.10 makes its external events of these.
+struct Word {
+    uint64_t* place = nullptr;
+    uint64_t value = 0;
+    uint32_t how = 0;  // ACL_STREAM_WAIT_VALUE_*, which older headers do not have
+
+    bool satisfied() const {
+        switch (how) {
+            case 0: return static_cast<int64_t>(*place - value) >= 0;
+            case 1: return *place == value;
+            case 2: return (*place & value) != 0;
+            default: return ~(*place | value) != 0;
+        }
+    }
+};
+
 struct Node {
-    enum class Kind { kCalls, kWait, kReset, kRecord } kind = Kind::kCalls;
+    enum class Kind { kCalls, kWait, kReset, kRecord, kAwaitValue, kWriteValue } kind = Kind::kCalls;
     std::vector<std::function<void()>> calls;  // a task group has several, and they are replaced together
-    aclrtEvent event = nullptr;                // of the other kinds
+    aclrtEvent event = nullptr;                // of the three kinds after that
+    Word word;                                 // of the last two
 };
 
 struct Graph {
@@ -85,7 +102,6 @@ struct Update {
 
 struct State {
     std::mutex lock;
-    const char* refusal = nullptr;  // why no stream may be captured
     std::condition_variable settled;  // a thread has stopped running a replay
     std::map<aclrtStream, std::shared_ptr<Capture>> captures;  // by every stream that takes part
     std::map<aclrtEvent, std::shared_ptr<Capture>> forks;      // ordinary events that were recorded in a capture
@@ -166,9 +182,11 @@ void advance(Guard& guard, aclrtStream stream) {
             }
             const std::shared_ptr<Node> node = execution.graph->nodes[execution.next];
             if (node->kind == Node::Kind::kWait && !s.external[node->event].recorded) return stop(false);
+            if (node->kind == Node::Kind::kAwaitValue && !node->word.satisfied()) return stop(false);
             ++execution.next;
             if (node->kind == Node::Kind::kReset) s.external[node->event].recorded = false;
             if (node->kind == Node::Kind::kRecord) s.external[node->event].recorded = true;
+            if (node->kind == Node::Kind::kWriteValue) *node->word.place = node->word.value;
             if (node->kind != Node::Kind::kCalls) continue;
             guard.unlock();
             try {
@@ -184,6 +202,13 @@ void advance(Guard& guard, aclrtStream stream) {
         throw;
     }
     stop(true);
+}
+
+// After an event or a number has changed.
+void advance_all(Guard& guard) {
+    std::vector<aclrtStream> streams;
+    for (const auto& [blocked, _] : state().blocked) streams.push_back(blocked);
+    for (const aclrtStream blocked : streams) advance(guard, blocked);
 }
 
 // Throws if the stream waits for an event. (Another thread that runs a replay on it is waited for.)
@@ -212,11 +237,12 @@ aclError guarded(const char* function, Body body) {
     }
 }
 
-void add_node(Capture& capture, Node::Kind kind, aclrtEvent event) {
+Node& add_node(Capture& capture, Node::Kind kind, aclrtEvent event) {
     auto node = std::make_shared<Node>();
     node->kind = kind;
     node->event = event;
     capture.graph->nodes.push_back(std::move(node));
+    return *capture.graph->nodes.back();
 }
 
 // Whether events mean nothing to graphs: none is captured or blocked, and none can come to be by an event.
@@ -287,11 +313,6 @@ void graph_refuse_sync(const char* what, aclrtStream stream) {
     }
 }
 
-void graph_refuse_captures(const char* why) {
-    const Guard guard(state().lock);
-    state().refusal = why;
-}
-
 bool in_graph() { return replaying != 0; }
 
 bool graph_capturing() {
@@ -355,9 +376,7 @@ void graph_event_recorded(aclrtEvent event, aclrtStream stream) {
     if (external == s.external.end()) return;
     expect_free(guard, stream, "aclrtRecordEvent");
     external->second.recorded = true;
-    std::vector<aclrtStream> streams;
-    for (const auto& [blocked, _] : s.blocked) streams.push_back(blocked);
-    for (const aclrtStream blocked : streams) advance(guard, blocked);
+    advance_all(guard);
 }
 
 void graph_event_reset(aclrtEvent event, aclrtStream stream) {
@@ -419,7 +438,6 @@ aclError aclmdlRICaptureBegin(aclrtStream stream, aclmdlRICaptureMode mode) {
     return guarded("aclmdlRICaptureBegin", [&] {
         State& s = state();
         Guard guard(s.lock);
-        if (s.refusal != nullptr) throw std::runtime_error(s.refusal);
         if (stream == nullptr) throw std::invalid_argument("the default stream cannot be captured");
         if (capture_of(stream) != nullptr) throw std::invalid_argument(named(stream) + " is captured already");
         expect_free(guard, stream, "the stream");
@@ -509,6 +527,36 @@ aclError aclmdlRIDebugPrint(aclmdlRI model) {
     std::fprintf(stderr, "[virtual NPU] graph %lld: %zu nodes, %zu calls\n", static_cast<long long>(found->second->id),
                  found->second->nodes.size(), found->second->operators);
     return ACL_SUCCESS;
+}
+
+// Headers of older wheels declare neither of these two.
+aclError aclrtValueWrite(void* place, uint64_t value, uint32_t, aclrtStream stream) {
+    return guarded("aclrtValueWrite", [&] {
+        const Word word{static_cast<uint64_t*>(place), value, 0};
+        Guard guard(state().lock);
+        if (const auto capture = capture_of(stream)) {
+            expect_valid(*capture, named(stream));
+            add_node(*capture, Node::Kind::kWriteValue, nullptr).word = word;
+            return;
+        }
+        expect_free(guard, stream, "the stream");
+        *word.place = value;
+        advance_all(guard);
+    });
+}
+
+aclError aclrtValueWait(void* place, uint64_t value, uint32_t how, aclrtStream stream) {
+    return guarded("aclrtValueWait", [&] {
+        const Word word{static_cast<uint64_t*>(place), value, how};
+        Guard guard(state().lock);
+        if (const auto capture = capture_of(stream)) {
+            expect_valid(*capture, named(stream));
+            add_node(*capture, Node::Kind::kAwaitValue, nullptr).word = word;
+            return;
+        }
+        expect_free(guard, stream, "the stream");
+        if (!word.satisfied()) throw std::runtime_error("waiting for a number outside graphs is not emulated");
+    });
 }
 
 // By symbol name: headers of older wheels do not declare it.

@@ -43,8 +43,6 @@ void graph_uses(aclrtStream stream, const void* data, size_t bytes);
 // For calls that wait for the device. With a stream: refused if it is captured, or blocked. Without (nullptr): refused
 // during captures of this thread, or in "global" mode of any thread. A refusal ends the capture.
 void graph_refuse_sync(const char* what, aclrtStream stream);
-// Every capture from now on fails with this text.
-void graph_refuse_captures(const char* why);
 
 #pragma GCC visibility pop
 

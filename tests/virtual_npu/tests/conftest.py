@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -22,8 +21,6 @@ from torch_forks import TorchForks  # noqa: E402
 
 # Where stock does not count on triton-ascend, the virtual NPU has no part in Triton.
 collect_ignore = [] if stands_in() else ["test_triton.py"]
-GRAPHS = importlib.metadata.version("torch").startswith(("2.7.", "2.8."))
-collect_ignore.append("test_no_graph.py" if GRAPHS else "test_graph.py")
 
 FORKS = pytest.StashKey[TorchForks]()
 

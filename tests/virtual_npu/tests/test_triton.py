@@ -57,6 +57,18 @@ def test_source_and_target_may_be_one_tensor() -> None:
     assert values.tolist() == [2 * value + 1 for value in range(64)]
 
 
+def test_a_kernel_in_a_graph() -> None:
+    source, target = torch.arange(100).npu(), torch.zeros(200, dtype=torch.int64).npu()
+    graph = torch.npu.NPUGraph()  # type: ignore[attr-defined]
+    with torch.npu.graph(graph):  # type: ignore[attr-defined]
+        _scale[(7,)](source, target[90:], 100, BLOCK=16)
+    assert not target.any()
+    source.fill_(3)
+    graph.replay()
+    assert target[90:190].eq(7).all()
+    assert not target[:90].any()
+
+
 def test_slices_of_a_block() -> None:
     target = torch.zeros(8).npu()
     _slices[(1,)](torch.arange(8.0).npu(), target)

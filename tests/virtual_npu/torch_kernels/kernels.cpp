@@ -395,10 +395,6 @@ std::string full_name(const c10::OperatorName& name) {
 
 // Overrides torch_npu's aten kernels; returns how many. Called once, after torch_npu is imported.
 int64_t install() {
-    if constexpr (TORCH_VERSION_MAJOR != 2 || TORCH_VERSION_MINOR > 8) {
-        // Later releases do something else around external events and task groups.
-        graph_refuse_captures("ACL graphs are emulated for torch_npu 2.7 and 2.8 only");
-    }
     auto& dispatcher = c10::Dispatcher::singleton();
     const std::set<std::string> own = {"copy_", "_copy_from", "_copy_from_and_resize", "_to_copy", "clone", "_local_scalar_dense",
                                        "histc"};

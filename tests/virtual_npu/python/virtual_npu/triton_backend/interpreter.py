@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from virtual_npu.operators import graphs
+
 from . import native
 
 
@@ -68,6 +70,28 @@ def repair(interpreter: Any) -> None:
     interpreting = interpreter.GridExecutor.__call__
 
     def call(self: Any, *args_dev: Any, **kwargs: Any) -> None:
+        from virtual_npu import kernels
+
+        if kernels.active() and kernels.turn(self.fn.__name__) != graphs.RUN:
+            captured(self, *args_dev, **kwargs)
+        else:
+            run(self, *args_dev, **kwargs)
+
+    def captured(self: Any, *args_dev: Any, **kwargs: Any) -> None:
+        """A kernel may write to all memory that it is given."""
+        from virtual_npu import kernels
+
+        if kernels.turn(self.fn.__name__) == graphs.REPLACE:
+            raise RuntimeError(f"virtual NPU: Triton kernel {self.fn.__name__} in the update of a task group")
+        for tensor in graphs.tensors_in([*args_dev, *kwargs.values()]):
+            if tensor.device.type != "cpu":
+                kernels.preserve(tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.itemsize,), (1,), 0))
+        own_args = [graphs.at_address(value, kernels) for value in args_dev]
+        own_kwargs = {name: graphs.at_address(value, kernels) for name, value in kwargs.items()}
+        run(self, *own_args, **own_kwargs)
+        kernels.record(lambda: run(self, *own_args, **own_kwargs))
+
+    def run(self: Any, *args_dev: Any, **kwargs: Any) -> None:
         function = native.find(self.fn, self.arg_names)
         if function is None:
             interpreting(self, *args_dev, **kwargs)
