@@ -188,8 +188,9 @@ def _plan_lines(plan: dict[str, Any]) -> Iterator[str]:
     captures = f"captures {list(facts['capture_sizes'])}" if facts["graph_mode"] != "NONE" else "eager"
     yield f"  graph mode {facts['graph_mode']}: {captures}; scheduler {facts['scheduler_cls']}"
     if plan["state"] == "skip":
+        level = {"sync": ", one of the graph mode per step", "uniform": ", decode batches only"}
         yield (
-            f"  in force: no DP metadata all_reduce{', one of the graph mode per step' if plan['mode_sync'] else ''}; "
+            f"  in force: no DP metadata all_reduce{level.get(plan['graph_level'], '')}; "
             f"mc2_tokens_capacity {sizes['bound']}, captures {list(sizes['capture_sizes'])}, "
             f"scheduler budget {sizes['token_budget']}"
         )

@@ -114,7 +114,7 @@ def explain(words: Sequence[str], soc: str) -> dict[str, Any]:
         "state": plan.state.name.lower(),
         "reasons": [asdict(reason) for reason in plan.reasons],
         "sizes": asdict(plan.sizes),
-        "mode_sync": plan.mode_sync,
+        "graph_level": plan.graph_level,
         "facts": asdict(found),
         "settings": {name: {"value": value, "source": sources[name]} for name, value in configured.values().items()},
         "required_but_off": configured.mode == "require" and plan.state is not State.SKIP,

@@ -2,7 +2,7 @@
 """Facts -> Plan. Pure: no torch, no vllm, no environment, no step data. Every condition is a row of RULES."""
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -58,7 +58,9 @@ class Plan:
     state: State
     reasons: tuple[Refusal, ...]
     sizes: Sizes
-    mode_sync: bool = False  # the graph mode is agreed on in every step, see patches/graph_mode.py
+    # How all ranks come to the same graph mode in a step. one: every batch has the same. uniform: every batch is a
+    # uniform decode batch, see patches/scheduler_bound.py. sync: they agree in each step, see patches/graph_mode.py.
+    graph_level: str = "one"
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def _align(value: int, unit: int) -> int:
     return -(-value // unit) * unit
 
 
-def make_plan(facts: Facts, mode: str = "auto", extra: Iterable[Refusal] = (), *, graph_mode: str = "refuse") -> Plan:
+def make_plan(facts: Facts, mode: str = "auto", extra: Iterable[Refusal] = (), *, graph_mode: str = "auto") -> Plan:
     """Apply all rules.
 
     Args:
@@ -129,9 +131,12 @@ def make_plan(facts: Facts, mode: str = "auto", extra: Iterable[Refusal] = (), *
     """
     sizes = compute_sizes(facts)
     broken = [rule for rule in RULES if not rule.holds(facts, sizes)]
-    mode_sync = graph_mode == "sync" and _mode_sync_helps(facts) and any(rule.code == "DSP122" for rule in broken)
-    if mode_sync:
-        broken = [rule for rule in broken if rule.code != "DSP122"]
+    graph_level = "one"
+    if any(rule.code == "DSP122" for rule in broken):
+        levels = _graph_levels(facts, sizes)
+        possible = [level for level, lacks in levels.items() if graph_mode in ("auto", level) and not lacks]
+        graph_level = next(iter(possible), "one")
+        broken = [rule for rule in broken if rule.code != "DSP122" or not possible]
     state = min((rule.state for rule in broken), default=State.SKIP)
     # Where a deployment is none of our business, or not a decode node, further conditions would only be noise.
     decisive = [rule for rule in broken if rule.state is State.OFF] or [r for r in broken if r.code == "DSP102"]
@@ -154,13 +159,43 @@ def make_plan(facts: Facts, mode: str = "auto", extra: Iterable[Refusal] = (), *
         reasons = [Refusal("DSP005", "switched off by its own setting", "mode=off", "mode=auto", "mode=auto")]
     elif state is State.SKIP and reasons:
         state = State.SYNC
-    return Plan(state, tuple(reasons), sizes, mode_sync and state is State.SKIP)
+    return Plan(state, tuple(reasons), sizes, graph_level if state is State.SKIP else "one")
 
 
-def _mode_sync_helps(facts: Facts) -> bool:
+def _graph_levels(facts: Facts, sizes: Sizes) -> dict[str, list[str]]:
+    """The levels for separate routines, the fastest first, and for each one the flags that it lacks."""
+    if not facts.graph_mode_known:
+        return {}
+    return {"uniform": list(_uniform_lacks(facts, sizes)), "sync": list(_mode_sync_lacks(facts))}
+
+
+def _graph_level_flags(facts: Facts, sizes: Sizes) -> Iterator[str]:
+    for level, lacks in _graph_levels(facts, sizes).items():
+        if all(flag.startswith("--") for flag in lacks):
+            yield " with ".join([f"DP_SYNC_PATCH_GRAPH_MODE={level}", *lacks])
+
+
+def _uniform_lacks(facts: Facts, sizes: Sizes) -> Iterator[str]:
+    """What keeps a scheduler with one token per request from making every batch a uniform decode batch with a FULL
+    graph. A request that is preempted has to leave this node: computing it again, token by token, would take for ever.
+    """
+    if facts.num_speculative_tokens:
+        # A request that comes from the prefill node, or is near its end, has fewer drafts than the others.
+        yield "without --speculative-config"
+    if not facts.recompute_in_effect:
+        yield _recompute_flag(facts)
+    if not facts.splits_prompts:
+        yield "--enable-chunked-prefill without --disable-chunked-mm-input"
+    # Stock has FULL graphs up to this size, whatever the captures are.
+    if max(sizes.capture_sizes, default=0) > facts.max_num_seqs * facts.query_len:
+        yield _captures_flag(facts, sizes.token_budget)
+
+
+def _mode_sync_lacks(facts: Facts) -> Iterator[str]:
     """Draft passes are not agreed on. With FULL_DECODE_ONLY none of them is a graph; with FULL_AND_PIECEWISE those of
     an idle rank are not, and others are."""
-    return facts.graph_mode_known and (facts.graph_mode == "FULL_DECODE_ONLY" or not facts.num_speculative_tokens)
+    if facts.graph_mode != "FULL_DECODE_ONLY" and facts.num_speculative_tokens:
+        yield "without --speculative-config"
 
 
 def concerns(facts: Facts) -> bool:
@@ -317,9 +352,9 @@ RULES: tuple[Rule, ...] = (
           "--enable-chunked-prefill without --disable-chunked-mm-input"),
     _rule("DSP122", "ranks may run different graph modes in one step", lambda f, s: not f.separate_routines,
           lambda f, s: f.graph_mode, "one graph routine for every batch, or none",
-          lambda f, s: "--enforce-eager" if not f.graph_mode_known else
-          "--compilation-config '{\"cudagraph_mode\": \"PIECEWISE\"}' or --enforce-eager"
-          + (" or DP_SYNC_PATCH_GRAPH_MODE=sync" if _mode_sync_helps(f) else "")),
+          lambda f, s: "--enforce-eager" if not f.graph_mode_known else " or ".join(
+              ["--compilation-config '{\"cudagraph_mode\": \"PIECEWISE\"}'", "--enforce-eager",
+               *_graph_level_flags(f, s)])),
     _rule("DSP123", "steps above the largest graph run eager, others as a graph",
           lambda f, s: f.graph_mode == "NONE" or s.token_budget <= max(s.capture_sizes, default=0),
           lambda f, s: f"captures up to {max(f.capture_sizes, default=0)}", lambda f, s: f"up to {s.token_budget}",

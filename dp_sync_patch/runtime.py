@@ -47,6 +47,13 @@ _hooked: set[str] = set()
 _armed = False
 _stood_down: list[str] = []
 _warned: set[str] = set()
+# What the log says of the skip beside its numbers.
+_GRAPH_LEVELS = {
+    "one": "",
+    "uniform": "; decode batches only, so that every step is a FULL graph: a prompt without remote KV is computed one "
+    "token per step",
+    "sync": "; the ranks agree on the graph mode of every step",
+}
 
 
 def install() -> None:
@@ -118,14 +125,14 @@ def uninstall() -> int:
     return count
 
 
-def engine_sizes(vllm_config: Any) -> Sizes | None:
-    """The bound to enforce on a scheduler, or None. Worked out without device and process group; in a process that
+def engine_plan(vllm_config: Any) -> Plan | None:
+    """The plan to enforce on a scheduler, or None. Worked out without device and process group; in a process that
     has a worker too, what the ranks agreed on wins."""
     if _latched is not None:
-        return skip_sizes
+        return _latched.plan if _latched.state is State.SKIP else None
     configured = settings.load(vllm_config.additional_config)
     plan = make_plan(_read_facts(vllm_config), configured.mode, graph_mode=configured.graph_mode)
-    return plan.sizes if plan.state is State.SKIP else None
+    return plan if plan.state is State.SKIP else None
 
 
 def _read_facts(vllm_config: Any, **known: Any) -> Facts:
@@ -223,7 +230,7 @@ def confirm(runner: Any) -> None:
     if plan.state is not State.SKIP:
         moved.extend(str(reason) for reason in plan.reasons)
     else:
-        for name in ("sizes", "mode_sync"):
+        for name in ("sizes", "graph_level"):
             now, then = getattr(plan, name), getattr(first.plan, name)
             if now != then:
                 moved.append(f"{name} {now} instead of {then}")
@@ -252,7 +259,7 @@ def _put_in_force(runner: Any, state: State, plan: Plan) -> None:
         compilation.init_with_cudagraph_sizes(list(sizes.capture_sizes))
         runner.aclgraph_batch_sizes = list(reversed(compilation.cudagraph_capture_sizes))
     skip_sizes = sizes
-    sync_graph_mode = plan.mode_sync
+    sync_graph_mode = plan.graph_level == "sync"
 
 
 def _read_worker_facts(runner: Any, capacity: int | None, world_size: int) -> Facts:
@@ -303,7 +310,7 @@ def _record(configured: Settings, found: Facts, plan: Plan) -> dict[str, Any]:
             "state": plan.state.name,
             "reasons": [str(reason) for reason in plan.reasons],
             "sizes": asdict(plan.sizes),
-            "mode_sync": plan.mode_sync,
+            "graph_level": plan.graph_level,
         },
     }
 
@@ -356,7 +363,7 @@ def _report(latched: _Latched) -> None:
             sizes.bound,
             sizes.global_bs,
             latched.facts.ep_world_size,
-            "; the ranks agree on the graph mode of every step" if latched.plan.mode_sync else "",
+            _GRAPH_LEVELS[latched.plan.graph_level],
         )
         return
     for reason in _why(latched):
@@ -393,7 +400,7 @@ def status() -> dict[str, Any]:
         result["state"] = _latched.state.name.lower()
         result["reasons"] = _why(_latched)
         plan = _latched.plan
-        result["plan"] = {"state": plan.state.name.lower(), "mode_sync": plan.mode_sync, **asdict(plan.sizes)}
+        result["plan"] = {"state": plan.state.name.lower(), "graph_level": plan.graph_level, **asdict(plan.sizes)}
         result["verdict"] = asdict(_latched.verdict) if _latched.verdict is not None else None
     elif not _armed:
         result["state"] = "off"

@@ -49,9 +49,10 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     # auto: skip where it is proven safe. off: stock; the environment patches nothing, additional_config is known
     # too late for that, so the wrappers pass everything through. require: refuse to start when the skip cannot be on.
     "mode": _choice("auto", "off", "require"),
-    # What to do where one rank may run a FULL graph while another runs eager in the same step. refuse: no skip.
-    # sync: the skip, with an all_reduce of one int in each step, so that all ranks use the lowest mode of them.
-    "graph_mode": _choice("refuse", "sync"),
+    # What to do where one rank may run a FULL graph while another runs eager in the same step. uniform: the scheduler
+    # makes decode batches only, a prompt without remote KV is computed one token per step. sync: an all_reduce of one
+    # int in each step, all ranks use the lowest mode of them. refuse: no skip. auto: the first one that is possible.
+    "graph_mode": _choice("auto", "uniform", "sync", "refuse"),
     # How long the ranks wait for each other at start-up.
     "agreement_timeout_s": _seconds,
     # on: VLLM_PLUGINS=dp_sync_patch still loads the plugins of vllm-ascend; off: plain filtering as in vLLM.
@@ -68,7 +69,7 @@ class Settings:
     """The values in force. `sources` says for each one where it came from: environment, additional_config, default."""
 
     mode: str = "auto"
-    graph_mode: str = "refuse"
+    graph_mode: str = "auto"
     agreement_timeout_s: float = 120.0
     delegate_plugins: str = "on"
     same_as: str = "none"

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The worst case, enforced: the token budget of a decode node's scheduler."""
+"""The worst case, enforced on a decode node's scheduler: its token budget, and where it helps the shape of batches."""
 
 from collections.abc import Callable
 from typing import Any
 
 from dp_sync_patch import metrics, runtime
-from dp_sync_patch.errors import logger
+from dp_sync_patch.errors import MC2OnlyError, logger
 from dp_sync_patch.patches import PatchPoint
 
 
@@ -18,18 +18,43 @@ def clamp_token_budget(
     MC2. The engine works the plan out by itself, without what only a worker sees, so it may clamp where the ranks
     decide for `sync` in the end; that costs throughput of such prompts, never correctness.
     """
-    sizes = runtime.engine_sizes(instance.vllm_config)
+    plan = runtime.engine_plan(instance.vllm_config)
     scheduler = instance.scheduler
-    if sizes is not None and sizes.token_budget < scheduler.max_num_scheduled_tokens:
+    if plan is not None and plan.sizes.token_budget < scheduler.max_num_scheduled_tokens:
         logger.info(
             "DP rank %d: at most %d tokens per step instead of %d, so that every step fits MC2",
             instance.dp_rank,
-            sizes.token_budget,
+            plan.sizes.token_budget,
             scheduler.max_num_scheduled_tokens,
         )
-        scheduler.max_num_scheduled_tokens = sizes.token_budget
+        scheduler.max_num_scheduled_tokens = plan.sizes.token_budget
+    if plan is not None and plan.graph_level == "uniform":
+        make_uniform(scheduler, instance.dp_rank)
     metrics.start_in_workers(instance)
     return wrapped(*args, **kwargs)
+
+
+def make_uniform(scheduler: Any, dp_rank: int) -> None:
+    """Graph level `uniform`: one token of each request per step, which is what stock takes for a decode batch.
+
+    Stock's own limit for long prompts does it; every scheduler that hands preempted requests back heeds it, for running
+    and for waiting requests. The idle ranks' dummies are decode batches as well, so all ranks replay FULL graphs.
+    """
+    scheduler.scheduler_config.long_prefill_token_threshold = 1
+    schedule = scheduler.schedule
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        """Raises MC2OnlyError instead of a step that peers would not meet: nothing has been communicated yet."""
+        output = schedule(*args, **kwargs)
+        if output.total_num_scheduled_tokens != len(output.num_scheduled_tokens):
+            raise MC2OnlyError(
+                "DSP304",
+                f"DP rank {dp_rank}: {output.total_num_scheduled_tokens} tokens of {len(output.num_scheduled_tokens)} "
+                "requests in one step, but the ranks agreed on one token of each",
+            )
+        return output
+
+    scheduler.schedule = checked
 
 
 POINTS = (
@@ -41,7 +66,8 @@ POINTS = (
         wrapper=clamp_token_budget,
         signature="(self)",
         why="The recompute scheduler bounds decode batches only; a prompt sent straight to a decode node does not.",
-        how="Lowers max_num_scheduled_tokens to the plan's budget, then stock's loop.",
+        how="Lowers max_num_scheduled_tokens to the plan's budget; with separate graph routines also one token of each "
+        "request per step, by stock's own long_prefill_token_threshold. Then stock's loop.",
         upstream="vllm-ascend#3448",
         remove_when="Stock bounds the tokens of a step on decode nodes.",
         versions=">=0.11.0",

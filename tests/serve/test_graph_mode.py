@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ACL graphs, DP2 EP2, by stock and with graph_mode=sync: the tokens of eager mode, and which steps were graphs.
+"""ACL graphs, DP2 EP2, by stock and with each graph level: the tokens of eager mode, and which steps were graphs.
 
 With FULL_DECODE_ONLY a rank that prefills runs eagerly while an idle one replays a graph (vllm-ascend#13826).
 """
@@ -7,6 +7,7 @@ With FULL_DECODE_ONLY a rank that prefills runs eagerly while an idle one replay
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import httpx
 import pytest
 from demo import Cluster
 from launched_ranks import RECOMPUTE, Baseline, Event, Server, one_at_a_time, read_ranks, server
+from load import LoadRequest
+from serve_node import PrefillDecodePair
 from toy_model import ToyModelShape
 
 SIZES = [1, 2, 4, 8]
@@ -92,6 +95,55 @@ def test_stock_that_mixes_graph_and_eager_ends_with_a_report(baseline: Baseline,
             one_at_a_time(stock, baseline.prompts)
         assert stock.ended_within(90)
     assert "mixed_modes" in "".join(path.read_text() for path in stock.ledger.iterdir())
+
+
+def test_batches_that_are_made_uniform_need_no_collective(baseline: Baseline, tmp_path: Path) -> None:
+    """With the overlay as it is: prompts are computed one token per step, so every step of every rank is a graph."""
+    overlay = node(tmp_path, baseline, "FULL_DECODE_ONLY", {}, overlay=True)
+    ranks = serve(overlay, baseline)
+    assert overlay.log.count("decode batches only, so that every step is a FULL graph") == 2
+    computed = sum(steps_with(events, ev="step", scheduled_tokens=1).total() for events in ranks)
+    assert computed == sum(len(prompt) + count - 1 for prompt, count in baseline.prompts)
+    for events in ranks:
+        assert_graphs_were_replayed(events, 1)
+        serving = [event for event in events if event.get("step", -1) >= 0]
+        assert not [event for event in serving if event["ev"] == "collective" and event["group"] in ("dp", "dp:0")]
+        assert not steps_with(serving, ev="ep", mode="eager")
+        assert not [event for event in events if event["ev"] == "violation"]
+
+
+@pytest.mark.long
+def test_uniform_batches_behind_a_prefill_node(baseline: Baseline, tmp_path: Path) -> None:
+    """Requests with remote KV, and others without it between them: no collective, graphs only, the tokens of stock."""
+    draw = random.Random(23)
+    lengths = [(40, 30), (150, 20), (7, 40), (200, 12), (33, 33), (5, 17), (141, 9), (90, 25)]
+    loads = [
+        LoadRequest(index, 0.2 * index, [draw.randrange(3, ToyModelShape().vocab_size) for _ in range(length)], count)
+        for index, (length, count) in enumerate(lengths)
+    ]
+    prefill = ("--max-num-batched-tokens", "512", "--num-gpu-blocks-override", "64")
+    flags = ["--data-parallel-size", "2", "--max-num-batched-tokens", "64", *RECOMPUTE]
+    compilation = json.dumps({"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": SIZES})
+    graphs = ["--no-enforce-eager", "--compilation-config", compilation]
+    answers = []
+    with Cluster() as cluster:
+        pair = PrefillDecodePair(cluster, tmp_path, baseline.model, ["--num-gpu-blocks-override", "64"], prefill)
+        for name, more, overlay in (("stock", (), False), ("overlay", graphs, True)):
+            environment = {"VLLM_DISABLE_COMPILE_CACHE": "1"}
+            with pair.decode_node(name, [*flags, *more], overlay=overlay, environment=environment) as decode:
+                answers.append(decode.send(loads[:6], loads[6:]))
+                decode.wait_until_idle()
+    assert answers[0] == answers[1]
+    ranks = decode.ranks()
+    assert len(ranks) == 2
+    for rank in ranks:
+        assert rank.dp_collectives == 0
+        assert {call["mode"] for calls in rank.dispatches.values() for call in calls} == {"graph"}
+        assert {len(calls) for calls in rank.dispatches.values()} == {LAYERS}
+    assert any(rank.scheduled[step] != ranks[0].scheduled[step] for rank in ranks for step in range(ranks[0].steps - 1))
+    # Of a request that was handed over, the last token of its prompt is computed here.
+    computed = sum(sum(rank.scheduled.values()) for rank in ranks)
+    assert computed == sum(count for _, count in lengths) + sum(length - 1 for length, _ in lengths[6:])
 
 
 def test_ranks_agree_on_the_graph_mode(baseline: Baseline, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from dp_sync_patch.plan import OPERATOR_LIMIT, Plan, Sizes, State, concerns, mak
 VOTE_EVERY = 4  # steps; 32 in vLLM
 MAX_MODEL_LEN = 64
 # Steps after the last arrival by which every request must have ended.
-_DRAINED = 120
+_DRAINED = 300
 # A collective over DP ranks whose shape is the rank's own token count, by the option that brings it.
 _GATHERS = (
     *("mlp_tensor_parallel", "embedding_tensor_parallel", "sequence_parallel", "flashcomm2", "shared_expert_dp"),
@@ -190,12 +190,25 @@ ARRIVALS: dict[str, Callable[[Facts], list[Request]]] = {
 }
 
 
+class Step(list[tuple[Request, int]]):
+    """The requests of a step, and the tokens of each, with what the overlay reads of vLLM's SchedulerOutput."""
+
+    @property
+    def num_scheduled_tokens(self) -> list[int]:
+        return [tokens for _, tokens in self]
+
+    @property
+    def total_num_scheduled_tokens(self) -> int:
+        return sum(self.num_scheduled_tokens)
+
+
 @dataclass(eq=False)
 class Scheduler:
     """vLLM's, with a budget of tokens in each step; vllm-ascend's hands a preempted request back."""
 
     facts: Facts
     max_num_scheduled_tokens: int
+    scheduler_config: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(long_prefill_token_threshold=0))
     running: list[Request] = field(default_factory=list)
     waiting: list[Request] = field(default_factory=list)
 
@@ -211,16 +224,16 @@ class Scheduler:
                 preempted.computed = preempted.drafts = 0
                 self.waiting.insert(0, preempted)
 
-    def schedule(self) -> list[tuple[Request, int]]:
-        """The requests of this step, and the tokens of each."""
+    def schedule(self) -> Step:
         # A scheduler that is not known may do as it likes.
         budget = self.max_num_scheduled_tokens if self.facts.scheduler_known else 2**31
-        step = []
+        limit = self.scheduler_config.long_prefill_token_threshold or 2**31
+        step = Step()
         for request in (*self.running, *self.waiting):
             if request not in self.running and len(self.running) == self.facts.max_num_seqs:
                 break
             wanted = request.known - request.computed
-            tokens = min(wanted + request.drafts, budget, MAX_MODEL_LEN - request.computed)
+            tokens = min(wanted + request.drafts, limit, budget, MAX_MODEL_LEN - request.computed)
             if tokens < wanted and not self.facts.splits_prompts:
                 break
             if tokens == 0:
@@ -232,7 +245,7 @@ class Scheduler:
         self.waiting = [request for request in self.waiting if request not in self.running]
         return step
 
-    def update(self, step: list[tuple[Request, int]], accepted: int) -> None:
+    def update(self, step: Step, accepted: int) -> None:
         """After a step; of its drafts, `accepted` are right, as far as there are so many."""
         for request, tokens in step:
             wanted = request.known - request.computed
@@ -292,7 +305,7 @@ class Rank:
         global _acting
         _acting = self
         runtime.skip_sizes = self.skip_sizes
-        runtime.sync_graph_mode = self.decision.plan.mode_sync
+        runtime.sync_graph_mode = self.decision.plan.graph_level == "sync"
         runtime._latched = self.decision  # type: ignore[assignment]  # it has what is read here
         return wrapper(stock, self, args, kwargs)
 
@@ -309,7 +322,7 @@ class Rank:
     def begin(self) -> tuple[int, bool]:
         self.step = self.scheduler.schedule()
         self.events = []
-        tokens = sum(count for _, count in self.step)
+        tokens = self.step.total_num_scheduled_tokens
         self.uniform = all(count == self.decode_token_per_req for _, count in self.step)
         prefill = any(request.prefilling for request, _ in self.step)
         if not tokens:
@@ -495,6 +508,7 @@ class Outcome:
     steps: int
     all_reduces: int  # of one rank, of the DP metadata
     mode_syncs: int  # of one rank, of the graph mode
+    eager: int  # MC2 calls of one rank that are not in a graph
     ragged: int  # MC2 calls with different row counts
 
 
@@ -525,7 +539,7 @@ def _serve(ranks: list[Rank], schedule: Sequence[Sequence[str]]) -> Outcome:
         rank.clamp()
     for size in ranks[0].facts.compile_sizes:
         _together(ranks, [(size, False)] * len(ranks), drafts=False)
-    steps = all_reduces = mode_syncs = ragged = 0
+    steps = all_reduces = mode_syncs = eager = ragged = 0
     while True:
         for rank, arrival in zip(ranks, schedule[steps] if steps < len(schedule) else (), strict=False):
             rank.scheduler.arrive(arrival)
@@ -534,6 +548,7 @@ def _serve(ranks: list[Rank], schedule: Sequence[Sequence[str]]) -> Outcome:
         found = [event[1] for event in ranks[0].events if event[0] == "all_reduce"]
         mode_syncs += found.count("mode")
         all_reduces += len(found) - found.count("mode")
+        eager += sum(event[0] == "MC2" and event[-1] == "eager" for event in ranks[0].events)
         ragged += sum(
             calls[0][0] == "MC2" and len({call[2] for call in calls}) > 1
             for calls in zip(*(rank.events for rank in ranks), strict=True)
@@ -542,7 +557,7 @@ def _serve(ranks: list[Rank], schedule: Sequence[Sequence[str]]) -> Outcome:
             rank.scheduler.update(rank.step, accepted=(steps + rank.rank) % (1 + rank.facts.num_speculative_tokens))
         steps += 1
         if steps >= len(schedule) and steps % VOTE_EVERY == 0 and not any(r.scheduler.unfinished for r in ranks):
-            return Outcome(steps, all_reduces, mode_syncs, ragged)
+            return Outcome(steps, all_reduces, mode_syncs, eager, ragged)
         if steps > len(schedule) + _DRAINED:
             raise Violation("a request is never computed")
 
@@ -550,7 +565,7 @@ def _serve(ranks: list[Rank], schedule: Sequence[Sequence[str]]) -> Outcome:
 def _together(ranks: list[Rank], counts: list[tuple[int, bool]], *, drafts: bool) -> None:
     for rank in ranks:
         if not drafts:
-            rank.events, rank.step, rank.uniform = [], [], True
+            rank.events, rank.step, rank.uniform = [], Step(), True
         rank.peers = counts
     modes = [rank.synchronise(*count) for rank, count in zip(ranks, counts, strict=True)]
     for rank, count in zip(ranks, counts, strict=True):

@@ -62,6 +62,12 @@ AGREEING = {
     "0.11.0, graphs of decode batches and two drafts": graphs("0.11.0", 2, "FULL_DECODE_ONLY"),
     "0.11.0, two kinds of graphs": graphs("0.11.0", 0, "FULL_AND_PIECEWISE"),
 }
+# With graph_mode=uniform.
+UNIFORM = {
+    "0.11.0, graphs of decode batches": graphs("0.11.0", 0, "FULL_DECODE_ONLY"),
+    "0.11.0, two kinds of graphs": graphs("0.11.0", 0, "FULL_AND_PIECEWISE"),
+    "0.11.0, graphs of decode batches, TP": graphs("0.11.0", 0, "FULL_DECODE_ONLY", tensor_parallel_size=2),
+}
 SYNCHRONISED = {
     "0.11.0, kv_both": small("0.11.0", 2, kv_role="kv_both"),
     "0.11.0, a large step": small("0.11.0", mc2_tokens_capacity=3),
@@ -110,7 +116,10 @@ def run_all(deployment: Node, schedules: Iterator[Sequence[Sequence[str]]]) -> t
             violation.add_note(f"schedule: {schedule}")
             raise
     return decisions, Outcome(
-        *(sum(getattr(one, name) for one in found) for name in ("steps", "all_reduces", "mode_syncs", "ragged"))
+        *(
+            sum(getattr(one, name) for one in found)
+            for name in ("steps", "all_reduces", "mode_syncs", "eager", "ragged")
+        )
     )
 
 
@@ -122,6 +131,7 @@ def assert_state(
     passes = 2 if facts.num_speculative_tokens else 1
     assert outcome.all_reduces == (0 if expected is State.SKIP else passes * outcome.steps)
     assert outcome.mode_syncs == (outcome.steps if graph_mode == "sync" else 0)
+    assert outcome.eager == 0 or graph_mode != "uniform"
     assert (outcome.ragged > 0) == (expected is State.SKIP)
 
 
@@ -129,7 +139,8 @@ DEPLOYMENTS = [
     pytest.param(replace(facts, data_parallel_size=ranks, process_group_size=ranks * facts.tensor_parallel_size), state,
                  setting, id=f"{state.name.lower()}, DP{ranks}, {name}")
     for state, setting, group in (
-        (State.SKIP, "refuse", SKIPPING), (State.SKIP, "sync", AGREEING), (State.SYNC, "refuse", SYNCHRONISED)
+        (State.SKIP, "refuse", SKIPPING), (State.SKIP, "sync", AGREEING), (State.SKIP, "uniform", UNIFORM),
+        (State.SYNC, "refuse", SYNCHRONISED)
     )
     for name, facts in group.items()
     for ranks in (2, 4)
@@ -252,7 +263,7 @@ def test_every_condition_is_either_simulated_or_explained() -> None:
 @pytest.mark.parametrize("code", BREAKS)
 def test_the_plan_without_a_condition_is_caught(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     facts = BREAKS[code]
-    assert [reason.code for reason in plan.make_plan(facts).reasons] == [code]
+    assert [reason.code for reason in plan.make_plan(facts, graph_mode="refuse").reasons] == [code]
     assert start(node(facts))[0].state is State.SYNC  # type: ignore[union-attr]
     monkeypatch.setattr(plan, "RULES", tuple(rule for rule in plan.RULES if rule.code != code))
     decisions = start(node(facts))
@@ -265,6 +276,10 @@ def _decoding_in_graphs(drafts: int) -> Node:
     return node(graphs("0.11.0", drafts, "FULL_DECODE_ONLY"), graph_mode="sync")
 
 
+def _uniform(facts: Facts) -> Node:
+    return node(facts, graph_mode="uniform")
+
+
 def _highest(mode: int) -> int:
     simulated_ranks.lowest(mode)
     return max(simulated_ranks._acting.modes)
@@ -275,8 +290,8 @@ def _agreeing_in_drafts(*call: Any) -> Any:
     return _real_agreement(*call)
 
 
-def _always(*_: Any) -> bool:
-    return True
+def _nothing(*_: Any) -> Any:
+    return ()
 
 
 def _never(*_: Any, **__: Any) -> Any:
@@ -348,7 +363,14 @@ MUTANTS: dict[str, tuple[Any, str, Any, Node]] = {
     "drafts agree on the graph mode too":
         (graph_mode, "agree_on_graph_mode", _agreeing_in_drafts, _decoding_in_graphs(2)),
     "drafts in two kinds of graphs":
-        (plan, "_mode_sync_helps", _always, node(graphs("0.11.0", 2, "FULL_AND_PIECEWISE"), graph_mode="sync")),
+        (plan, "_mode_sync_lacks", _nothing, node(graphs("0.11.0", 2, "FULL_AND_PIECEWISE"), graph_mode="sync")),
+    "prompts in large pieces beside graphs of decode batches":
+        (scheduler_bound, "make_uniform", _nothing, _uniform(graphs("0.11.0", 0, "FULL_DECODE_ONLY"))),
+    "uniform batches with drafts":
+        (plan, "_uniform_lacks", _nothing, _uniform(graphs("0.11.0", 2, "FULL_DECODE_ONLY"))),
+    "uniform batches that are larger than stock's graphs of them":
+        (plan, "_uniform_lacks", _nothing,
+         _uniform(graphs("0.11.0", 0, "FULL_DECODE_ONLY", capture_sizes=(1, 2, 8), mc2_tokens_capacity=8))),
     "the verdict is not heeded": (runtime, "settle", _as_planned, DIFFERENT["0.18.0: another max_num_seqs"]),
     "a missing rank is no error": (runtime, "settle", _at_most_sync, node(small("0.18.0"), without=[1])),
     "a rank that is switched off follows stock":
@@ -390,6 +412,17 @@ def test_the_assertion_turns_a_hang_into_an_error(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(comm_selector, "assert_mc2", _unwrapped)
     with pytest.raises(Violation, match="ranks wait for each other in different operators"):
         run_all(node(facts), few(facts))
+
+
+def test_a_scheduler_that_ignores_the_limit_ends_its_rank_before_the_step() -> None:
+    facts = UNIFORM["0.11.0, graphs of decode batches"]
+    rank = Rank(STOCK["0.11.0"], facts, start(node(facts, graph_mode="uniform"))[0], 0)
+    rank.clamp()
+    rank.scheduler.arrive("short prompt")
+    assert rank.scheduler.schedule().num_scheduled_tokens == [1]
+    rank.scheduler.scheduler_config.long_prefill_token_threshold = 0
+    with pytest.raises(MC2OnlyError, match="DSP304 DP rank 0: 3 tokens of 1 requests in one step"):
+        rank.scheduler.schedule()
 
 
 def test_a_rank_without_a_graph_of_the_common_mode_ends() -> None:

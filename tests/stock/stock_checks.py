@@ -90,13 +90,13 @@ def decisions(folder: str) -> dict[str, Any]:
             process_group_size=config.parallel_config.data_parallel_size,
         )
         plan = make_plan(facts)
-        clamp = runtime.engine_sizes(config)
+        enforced = runtime.engine_plan(config)
         found[name] = {
             "facts": asdict(facts),
             "state": plan.state.name,
             "codes": [reason.code for reason in plan.reasons],
             "bound": plan.sizes.bound,
-            "clamp": None if clamp is None else clamp.token_budget,
+            "clamp": None if enforced is None else enforced.sizes.token_budget,
         }
 
     for name, changes in variants.items():

@@ -160,7 +160,7 @@ def test_both_rounds(tmp_path: Path) -> None:
     assert found["moved"].startswith("AgreementError: DSP206")
     assert "mc2_tokens_capacity 40 instead of 16" in found["moved"]
     assert found["other_mode"].startswith(
-        "AgreementError: DSP206 the configuration moved after start-up: mode_sync True"
+        "AgreementError: DSP206 the configuration moved after start-up: graph_level sync instead of one"
     )
 
 

@@ -39,7 +39,7 @@ BREAKS: dict[str, Facts] = {
     "DSP114": decode_node(fused_mc2="VLLM_ASCEND_ENABLE_FUSED_MC2"),
     "DSP120": decode_node(scheduler_known=False),
     "DSP121": decode_node(splits_prompts=False),
-    "DSP122": graph_node([16, 32], separate_routines=True, graph_mode="FULL_DECODE_ONLY"),
+    "DSP122": graph_node([32, 96], separate_routines=True, graph_mode="FULL_AND_PIECEWISE", num_speculative_tokens=2),
     "DSP123": graph_node([10], tensor_parallel_size=4, max_num_seqs=11),
     "DSP124": decode_node(process_group_size=2),
     "DSP125": graph_node([16, 32], graph_mode_known=False),
@@ -108,30 +108,55 @@ def test_switched_off() -> None:
     assert [reason.code for reason in plan.reasons] == ["DSP005"]
 
 
+def separate(mode: str = "FULL_DECODE_ONLY", drafts: int = 0, **changes: Any) -> Facts:
+    return graph_node(
+        changes.pop("captures", [16, 32, 96] if drafts else [8, 16, 32]),
+        **{"graph_mode": mode, "separate_routines": True, "num_speculative_tokens": drafts, **changes},
+    )
+
+
 @pytest.mark.parametrize(
-    ("mode", "drafts", "known", "agrees"),
+    ("facts", "levels"),
     [
-        ("FULL_DECODE_ONLY", 0, True, True),
-        ("FULL_DECODE_ONLY", 2, True, True),
-        ("FULL_AND_PIECEWISE", 0, True, True),
-        ("FULL_AND_PIECEWISE", 2, True, False),  # drafts of an idle rank are not in graphs, others are
-        ("FULL_DECODE_ONLY", 0, False, False),
+        (separate(), ["uniform", "sync"]),
+        (separate("FULL_AND_PIECEWISE"), ["uniform", "sync"]),
+        (separate(drafts=2), ["sync"]),
+        (separate("FULL_AND_PIECEWISE", drafts=2), []),  # drafts of an idle rank are not in graphs, others are
+        (separate(graph_mode_known=False), []),
+        (separate(recompute_in_effect=False, max_num_batched_tokens=32), ["sync"]),
+        (separate(captures=[8, 48], mc2_tokens_capacity=48), ["sync"]),  # no FULL graph above max_num_seqs
     ],
 )
-def test_separate_routines_with_an_agreed_graph_mode(mode: str, drafts: int, known: bool, agrees: bool) -> None:
-    facts = graph_node(
-        [32, 96], graph_mode=mode, separate_routines=True, num_speculative_tokens=drafts, graph_mode_known=known
-    )
-    refused = make_plan(facts)
-    assert (refused.state, refused.mode_sync) == (State.SYNC, False)
-    assert ("DP_SYNC_PATCH_GRAPH_MODE=sync" in refused.reasons[0].flag) == agrees
-    plan = make_plan(facts, graph_mode="sync")
-    assert (plan.state, plan.mode_sync) == ((State.SKIP, True) if agrees else (State.SYNC, False))
+def test_how_ranks_with_separate_routines_come_to_one_graph_mode(facts: Facts, levels: list[str]) -> None:
+    assert make_plan(facts, graph_mode="refuse").state is State.SYNC
+    plans = {setting: make_plan(facts, graph_mode=setting) for setting in ("uniform", "sync", "auto")}
+    found = {setting: plan.graph_level for setting, plan in plans.items() if plan.state is State.SKIP}
+    assert found == {level: level for level in levels} | ({"auto": levels[0]} if levels else {})
 
 
-def test_no_graph_mode_is_agreed_on_where_all_batches_have_the_same() -> None:
-    plan = make_plan(graph_node([32]), graph_mode="sync")
-    assert (plan.state, plan.mode_sync) == (State.SKIP, False)
+@pytest.mark.parametrize(
+    ("facts", "advice"),
+    [
+        (separate(), ["DP_SYNC_PATCH_GRAPH_MODE=uniform", "DP_SYNC_PATCH_GRAPH_MODE=sync"]),
+        (separate(drafts=2), ["DP_SYNC_PATCH_GRAPH_MODE=sync"]),
+        (
+            separate(captures=[8, 48], mc2_tokens_capacity=48),
+            [
+                "DP_SYNC_PATCH_GRAPH_MODE=uniform with --compilation-config '{\"cudagraph_capture_sizes\": [8, 32]}'",
+                "DP_SYNC_PATCH_GRAPH_MODE=sync",
+            ],
+        ),
+    ],
+)
+def test_the_advice_for_separate_routines_names_each_level_that_flags_lead_to(facts: Facts, advice: list[str]) -> None:
+    (reason,) = make_plan(facts, graph_mode="refuse").reasons
+    assert reason.flag.split(" or ")[2:] == advice
+
+
+def test_one_routine_for_all_batches_needs_no_level() -> None:
+    for setting in ("auto", "uniform", "sync", "refuse"):
+        plan = make_plan(graph_node([32]), graph_mode=setting)
+        assert (plan.state, plan.graph_level) == (State.SKIP, "one")
 
 
 def test_a_refusal_from_outside_the_configuration_prevents_the_skip() -> None:
@@ -245,7 +270,10 @@ def test_field_case_31_odd_sizes_under_tp() -> None:
 
 @pytest.mark.parametrize(("captures", "max_num_seqs", "code"), [([2, 4, 8, 16], 8, "DSP122"), ([1, 2, 4], 7, "DSP104")])
 def test_field_case_17_graph_and_eager_may_not_meet(captures: list[int], max_num_seqs: int, code: str) -> None:
-    """Separate routines: a rank with a 1-token step runs eager beside graphs. A list too short: so do large steps."""
+    """Separate routines: a rank with a 1-token step runs eager beside graphs. A list too short: so do large steps.
+
+    With graph_mode=auto the first one is agreed on in each step instead.
+    """
     node = graph_node(
         captures,
         max_num_seqs=max_num_seqs,
@@ -253,9 +281,10 @@ def test_field_case_17_graph_and_eager_may_not_meet(captures: list[int], max_num
         graph_mode="FULL_DECODE_ONLY",
         separate_routines=True,
     )
-    plan = make_plan(node)
+    plan = make_plan(node, graph_mode="refuse")
     assert plan.state is State.SYNC
     assert code in [reason.code for reason in plan.reasons]
+    assert make_plan(node).graph_level == ("sync" if code == "DSP122" else "one")
 
 
 def test_field_case_24_a_proposer_that_is_not_known_keeps_the_all_reduce() -> None:

@@ -15,7 +15,7 @@ def test_defaults() -> None:
     assert load({}, {}) == Settings()
     assert load(None, {}).values() == {
         "mode": "auto",
-        "graph_mode": "refuse",
+        "graph_mode": "auto",
         "agreement_timeout_s": 120.0,
         "delegate_plugins": "on",
         "same_as": "none",
@@ -44,7 +44,7 @@ def test_environment_wins_over_additional_config() -> None:
         ({"mode": "on"}, {}, "DSP402", "auto, off, require"),
         ({"mode": True}, {}, "DSP402", "auto, off, require"),
         ({}, {"DP_SYNC_PATCH_MODE": ""}, "DSP402", "environment"),
-        ({"graph_mode": "always"}, {}, "DSP402", "refuse, sync"),
+        ({"graph_mode": "always"}, {}, "DSP402", "auto, uniform, sync, refuse"),
         ({"agreement_timeout_s": True}, {}, "DSP402", "seconds"),
         ({"agreement_timeout_s": [1]}, {}, "DSP402", "seconds"),
         ({}, {"DP_SYNC_PATCH_AGREEMENT_TIMEOUT_S": "soon"}, "DSP402", "seconds"),
