@@ -36,7 +36,11 @@ if kind == "tcp":
 else:
     store = dist.FileStore(where, -1)
 store = dist.PrefixStore("default_pg", store)
-time.sleep(delay)
+if delay is None:
+    sys.stdin.readline()
+else:
+    time.sleep(delay)
+print("deciding", flush=True)
 started = time.monotonic()
 verdict = decide(store, record, round_name="start", rank=rank, world_size=world, timeout_s=timeout, grace_s=grace)
 print(json.dumps({**asdict(verdict), "seconds": time.monotonic() - started}), flush=True)
@@ -52,7 +56,8 @@ class Ranks:
         self.world, self.timeout, self.grace = world, timeout, grace
         self.processes: dict[int, subprocess.Popen[str]] = {}
 
-    def start(self, rank: int, record: dict[str, Any], delay: float = 0.0) -> None:
+    def start(self, rank: int, record: dict[str, Any], delay: float | None = 0.0) -> None:
+        """`delay`: seconds before it decides; None: until `go`."""
         arguments = json.dumps([self.address, rank, self.world, record, self.timeout, self.grace, delay])
         self.processes[rank] = subprocess.Popen(
             [sys.executable, "-c", _RANK, arguments],
@@ -63,10 +68,21 @@ class Ranks:
             env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
         )
 
+    def go(self, rank: int) -> None:
+        stdin = self.processes[rank].stdin
+        assert stdin is not None
+        stdin.write("\n")
+        stdin.flush()
+
+    def wait_until_deciding(self, rank: int) -> None:
+        stdout = self.processes[rank].stdout
+        assert stdout is not None
+        assert stdout.readline() == "deciding\n"
+
     def result(self, rank: int) -> dict[str, Any]:
         stdout = self.processes[rank].stdout
         assert stdout is not None
-        result: dict[str, Any] = json.loads(stdout.readline())
+        result: dict[str, Any] = json.loads(next(line for line in stdout if line != "deciding\n"))
         return result
 
     def close(self) -> None:
@@ -117,8 +133,10 @@ def test_a_differing_rank_is_named_with_its_fields(kind: str, tmp_path: Path) ->
 
 def test_a_missing_rank_is_named_and_a_late_one_follows(kind: str, tmp_path: Path) -> None:
     ranks = Ranks(kind, tmp_path, world=4, timeout=1.0)
-    for rank in (0, 1):
-        ranks.start(rank, RECORD)
+    ranks.start(0, RECORD, delay=None)
+    ranks.start(1, RECORD)
+    ranks.wait_until_deciding(1)  # processes may need longer to start than rank 0 waits
+    ranks.go(0)
     first = [ranks.result(rank) for rank in (0, 1)]
     # This one would have agreed, had it been in time.
     ranks.start(3, RECORD)

@@ -44,6 +44,9 @@ BURSTS = (
     *((118, 16, 1111), (120, 16, 1310), (120, 16, 1303), (121, 16, 1407), (123, 16, 1608)),
     *((123, 16, 1601), (125, 16, 1808), (126, 16, 1903), (126, 16, 1901)),
 )
+# From the second draft pass on stock 0.11.0 takes the slot behind the last one, which may be in another request's block
+# or, as there are few here, behind the cache (`MtpProposer._propose`: slot_mapping += 1).
+HANDED_OVER_DRAFTS = 1 if STOCK.vllm_ascend == "0.11.0" else min(3, STOCK.max_draft_passes)
 MORE = 32  # tokens that keep those of one rank together for a while; they are not compared
 
 
@@ -255,12 +258,16 @@ def skipped_at_the_limit(model: Path, tmp_path_factory: pytest.TempPathFactory) 
     return near_the_limit(tmp_path_factory.mktemp("limit"), model, "skip")
 
 
-def _check_field_case_23(run: Run, collectives: int) -> None:
+def _check_field_case_23(run: Run, collectives: int, *, levelled: bool = True) -> None:
+    """`levelled`: the steps of stock 0.11.0 in which a rank prefills have all draft passes as well."""
     for rank in AT_THE_LIMIT.ranks:
         steps = run.steps(0)
         assert run.dp_collectives(rank) == ({step: collectives for step in steps} if collectives else {})
         for operator in ("dispatch", "combine"):
-            assert run.calls_by_step(rank, operator) == dict.fromkeys(steps, LAYERS + AT_THE_LIMIT.drafts)
+            calls = run.calls_by_step(rank, operator)
+            assert calls == run.calls_by_step(0, operator)
+            assert set(calls.values()) == {LAYERS + AT_THE_LIMIT.drafts, *([] if levelled else [LAYERS + 1])}
+            assert calls.keys() == set(steps)
 
 
 def test_field_case_23_drafts_without_room_are_made_all_the_same(skipped_at_the_limit: Run) -> None:
@@ -272,9 +279,11 @@ def test_field_case_23_drafts_without_room_are_made_all_the_same(skipped_at_the_
 
 @pytest.mark.parametrize("state", ["stock", "sync"])
 def test_field_case_23_as_stock_does_it(skipped_at_the_limit: Run, model: Path, tmp_path: Path, state: str) -> None:
-    """Vllm-ascend leaves no draft pass out: what it does by itself has the same calls and tokens."""
+    """Vllm-ascend leaves no draft pass out: what it does by itself has the same calls and tokens. (But for 0.11.0 while
+    a rank prefills, and then on all ranks, which is what its all_reduce is for.)"""
     run = near_the_limit(tmp_path, model, state)
-    _check_field_case_23(run, 0 if state == "stock" and STOCK.own_skip else 2)
+    levelled = STOCK.vllm_ascend != "0.11.0"
+    _check_field_case_23(run, 0 if state == "stock" and STOCK.own_skip else 2, levelled=levelled)
     assert ("DSP137" in run.log) == (state == "sync")
     assert run.tokens[0] == skipped_at_the_limit.tokens[0]  # that of the request that was alone
 
@@ -296,7 +305,7 @@ def handed_over(request: pytest.FixtureRequest, model: Path, tmp_path_factory: p
     No more than three requests at a time. One whose KV has been loaded keeps its block while it waits for the next one,
     and stock takes it away from none: as many of them as there are blocks wait for ever.
     """
-    configuration = Configuration(min(3, STOCK.max_draft_passes), 1, request.param)
+    configuration = Configuration(HANDED_OVER_DRAFTS, 1, request.param)
     wanted = seeded(ALONE, *BURSTS)
     prompts = [LoadRequest(index, 0.0, prompt, count + MORE) for index, (prompt, count) in enumerate(wanted)]
     loads = [prompts[:1], *(prompts[first : first + 3] for first in range(1, len(prompts), 3))]
@@ -324,12 +333,11 @@ def test_requests_with_remote_kv_and_given_back_for_it(handed_over: HandedOver) 
     assert skipped[known] == synced[known]
     first, both = handed_over.resubmitted
     assert 0 < first < both
-    drafts = min(3, STOCK.max_draft_passes)
     for rank in ranks:
         assert rank.dp_collectives == 0
         # The last step may be missing, see Run.
         assert rank.steps == ranks[0].steps
         assert set(rank.dispatches) >= set(range(rank.steps - 1))
-        assert {len(calls) for calls in rank.dispatches.values()} == {LAYERS + drafts}
+        assert {len(calls) for calls in rank.dispatches.values()} == {LAYERS + HANDED_OVER_DRAFTS}
     for rank in synced_ranks:
         assert rank.dp_collectives >= 2 * (rank.steps - 1)
