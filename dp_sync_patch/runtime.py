@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The state of this process: installs the hooks, latches one verdict, answers `status`.
 
-Wrappers read `skip_sizes`; None means stock behaviour. `sync_graph_mode` can be set beside it. Stock modules are
-imported inside functions that only run in processes that have them.
+Wrappers read `skip_sizes`; None means stock behaviour. `sync_graph_mode` or `uniform_batches` can be set beside it.
+Stock modules are imported inside functions that only run in processes that have them.
 """
 
 import os
@@ -40,9 +40,11 @@ class _Latched:
 
 skip_sizes: Sizes | None = None
 sync_graph_mode = False
+uniform_batches = False
 in_draft_passes = False  # set by `patches.metadata_sync`
 in_profile_run = False  # set by `patches.startup`; all ranks profile together
 _latched: _Latched | None = None
+_runner: Any = None  # the model runner that the skip is in force for
 _hooked: set[str] = set()
 _armed = False
 _stood_down: list[str] = []
@@ -246,7 +248,7 @@ def confirm(runner: Any) -> None:
 
 def _put_in_force(runner: Any, state: State, plan: Plan) -> None:
     """In `skip`: selector and captures follow the agreed bound, so that no MC2 call can exceed global_bs."""
-    global skip_sizes, sync_graph_mode
+    global skip_sizes, sync_graph_mode, uniform_batches, _runner
     if state is not State.SKIP:
         return
     sizes = plan.sizes
@@ -260,6 +262,8 @@ def _put_in_force(runner: Any, state: State, plan: Plan) -> None:
         runner.aclgraph_batch_sizes = list(reversed(compilation.cudagraph_capture_sizes))
     skip_sizes = sizes
     sync_graph_mode = plan.graph_level == "sync"
+    uniform_batches = plan.graph_level == "uniform"
+    _runner = runner
 
 
 def _read_worker_facts(runner: Any, capacity: int | None, world_size: int) -> Facts:
@@ -333,6 +337,11 @@ def dp_rank() -> int | None:
         return None
     found = _latched.facts
     return _latched.rank // (found.tensor_parallel_size * found.pipeline_parallel_size)
+
+
+def has_requests() -> bool:
+    """Whether the model runner holds any: warm-up and capture runs, and those of a node without work, have none."""
+    return _runner is not None and _runner.input_batch.num_reqs > 0
 
 
 def warn_once(text: str) -> None:

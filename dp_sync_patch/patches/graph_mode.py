@@ -16,17 +16,28 @@ from dp_sync_patch.patches import PatchPoint
 def agree_on_graph_mode(
     wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """In `skip` with `graph_mode=sync`: the lowest mode that any rank has for the target pass of this step.
+    """In `skip` with graph level `sync`: the lowest mode that any rank has for the target pass of this step.
 
     A batch that is not a uniform decode batch has no FULL graph, and no rank can tell whether a peer has one. Every
     rank comes here once for each target pass, dummies and captures included, so every rank takes part. Draft passes
     are not in FULL graphs, and have the same mode everywhere. Profile runs have no graphs yet.
 
+    With graph level `uniform` there is nothing to agree on: every batch of requests has a FULL graph.
+
     Raises:
         MC2OnlyError: this rank has no graph of the common mode for its batch. The keys of a dispatcher rule it out: a
-            size with a FULL graph has a PIECEWISE graph too wherever another batch can be PIECEWISE.
+            size with a FULL graph has a PIECEWISE graph too wherever another batch can be PIECEWISE. Or, with
+            `uniform`, no FULL graph: the scheduler of this rank is not under control. Nothing has been communicated.
     """
     chosen = wrapped(*args, **kwargs)
+    if runtime.uniform_batches and chosen[0] != CUDAGraphMode.FULL and runtime.has_requests():
+        descriptor = args[0] if args else kwargs["batch_descriptor"]
+        metrics.refused()
+        raise MC2OnlyError(
+            "DSP304",
+            f"DP rank {runtime.dp_rank()}: a batch of {descriptor.num_tokens} tokens is no decode batch with a FULL "
+            "graph, which the ranks agreed to have only",
+        )
     if not runtime.sync_graph_mode or runtime.in_profile_run or runtime.in_draft_passes:
         return chosen
     mode, _ = chosen
@@ -62,7 +73,8 @@ POINTS = (
         signature="(self, batch_descriptor)",
         why="With separate routines (FULL_DECODE_ONLY, FULL_AND_PIECEWISE) one rank may replay a graph for an MC2 call "
         "that another makes eagerly, which hangs on the A2. Stock 0.11.0 does not synchronise the mode at all.",
-        how="In skip with graph_mode=sync: stock's choice, then one int over the DP ranks (MIN). Else stock.",
+        how="In skip, graph level sync: stock's choice, then one int over the DP ranks (MIN). Level uniform: stock's "
+        "choice, checked. Else stock.",
         upstream="vllm-ascend#13826, vllm-ascend#6011",
         remove_when="Every batch of a decode node has the same mode, or stock agrees on it while it skips.",
         versions="==0.11.0",

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dp_sync_patch import metrics, runtime
-from dp_sync_patch.errors import MC2OnlyError, logger
+from dp_sync_patch.errors import logger
 from dp_sync_patch.patches import PatchPoint
 
 
@@ -29,32 +29,19 @@ def clamp_token_budget(
         )
         scheduler.max_num_scheduled_tokens = plan.sizes.token_budget
     if plan is not None and plan.graph_level == "uniform":
-        make_uniform(scheduler, instance.dp_rank)
+        make_uniform(scheduler)
     metrics.start_in_workers(instance)
     return wrapped(*args, **kwargs)
 
 
-def make_uniform(scheduler: Any, dp_rank: int) -> None:
+def make_uniform(scheduler: Any) -> None:
     """Graph level `uniform`: one token of each request per step, which is what stock takes for a decode batch.
 
     Stock's own limit for long prompts does it; every scheduler that hands preempted requests back heeds it, for running
-    and for waiting requests. The idle ranks' dummies are decode batches as well, so all ranks replay FULL graphs.
+    and for waiting requests. The idle ranks' dummies are decode batches as well, so all ranks replay FULL graphs. In
+    the worker `patches.graph_mode` holds every batch to it.
     """
     scheduler.scheduler_config.long_prefill_token_threshold = 1
-    schedule = scheduler.schedule
-
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        """Raises MC2OnlyError instead of a step that peers would not meet: nothing has been communicated yet."""
-        output = schedule(*args, **kwargs)
-        if output.total_num_scheduled_tokens != len(output.num_scheduled_tokens):
-            raise MC2OnlyError(
-                "DSP304",
-                f"DP rank {dp_rank}: {output.total_num_scheduled_tokens} tokens of {len(output.num_scheduled_tokens)} "
-                "requests in one step, but the ranks agreed on one token of each",
-            )
-        return output
-
-    scheduler.schedule = checked
 
 
 POINTS = (

@@ -14,7 +14,16 @@ from pathlib import Path
 import httpx
 import pytest
 from demo import Cluster
-from launched_ranks import RECOMPUTE, Baseline, Event, Server, one_at_a_time, read_ranks, server
+from launched_ranks import (
+    RECOMPUTE,
+    Baseline,
+    Event,
+    Server,
+    changed_overlay,
+    one_at_a_time,
+    read_ranks,
+    server,
+)
 from load import LoadRequest
 from serve_node import PrefillDecodePair
 from toy_model import ToyModelShape
@@ -110,6 +119,24 @@ def test_batches_that_are_made_uniform_need_no_collective(baseline: Baseline, tm
         assert not [event for event in serving if event["ev"] == "collective" and event["group"] in ("dp", "dp:0")]
         assert not steps_with(serving, ev="ep", mode="eager")
         assert not [event for event in events if event["ev"] == "violation"]
+
+
+@pytest.mark.long
+def test_a_batch_that_is_not_uniform_ends_its_rank(baseline: Baseline, tmp_path: Path) -> None:
+    """As where the scheduler's limit is undone: the prompt, padded to 8 tokens, would run eagerly, beside a graph."""
+    text = "scheduler.scheduler_config.long_prefill_token_threshold = 1"
+    changed = changed_overlay(tmp_path / "copy", "patches/scheduler_bound.py", text, "pass")
+    overlay = node(tmp_path, baseline, "FULL_DECODE_ONLY", changed | {"VIRTUAL_NPU_TIMEOUT_S": "8"}, overlay=True)
+    with Cluster() as cluster:
+        cluster.start(overlay.process)
+        cluster.wait_until_ready({overlay.process: f"{overlay.url}/health"})
+        with pytest.raises(httpx.HTTPError):
+            overlay.complete(*baseline.prompts[1])
+        assert overlay.ended_within(90)
+    assert "DSP304 DP rank 0: a batch of 8 tokens is no decode batch with a FULL graph" in overlay.log
+    events = [json.loads(line) for path in overlay.ledger.iterdir() for line in path.read_text().splitlines()]
+    assert not [event for event in events if event["ev"] == "violation"]
+    assert not [event for event in events if event.get("step", -1) >= 0 and event.get("mode") == "eager"]
 
 
 @pytest.mark.long

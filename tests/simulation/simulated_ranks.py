@@ -190,18 +190,6 @@ ARRIVALS: dict[str, Callable[[Facts], list[Request]]] = {
 }
 
 
-class Step(list[tuple[Request, int]]):
-    """The requests of a step, and the tokens of each, with what the overlay reads of vLLM's SchedulerOutput."""
-
-    @property
-    def num_scheduled_tokens(self) -> list[int]:
-        return [tokens for _, tokens in self]
-
-    @property
-    def total_num_scheduled_tokens(self) -> int:
-        return sum(self.num_scheduled_tokens)
-
-
 @dataclass(eq=False)
 class Scheduler:
     """vLLM's, with a budget of tokens in each step; vllm-ascend's hands a preempted request back."""
@@ -224,11 +212,12 @@ class Scheduler:
                 preempted.computed = preempted.drafts = 0
                 self.waiting.insert(0, preempted)
 
-    def schedule(self) -> Step:
+    def schedule(self) -> list[tuple[Request, int]]:
+        """The requests of this step, and the tokens of each."""
         # A scheduler that is not known may do as it likes.
         budget = self.max_num_scheduled_tokens if self.facts.scheduler_known else 2**31
         limit = self.scheduler_config.long_prefill_token_threshold or 2**31
-        step = Step()
+        step = []
         for request in (*self.running, *self.waiting):
             if request not in self.running and len(self.running) == self.facts.max_num_seqs:
                 break
@@ -245,7 +234,7 @@ class Scheduler:
         self.waiting = [request for request in self.waiting if request not in self.running]
         return step
 
-    def update(self, step: Step, accepted: int) -> None:
+    def update(self, step: list[tuple[Request, int]], accepted: int) -> None:
         """After a step; of its drafts, `accepted` are right, as far as there are so many."""
         for request, tokens in step:
             wanted = request.known - request.computed
@@ -295,6 +284,10 @@ class Rank:
         self.latched_skip = self.behaviour.own_skip and self.should_skip()
 
     @property
+    def input_batch(self) -> SimpleNamespace:
+        return SimpleNamespace(num_reqs=len(self.scheduler.running))
+
+    @property
     def skip_sizes(self) -> Sizes | None:
         return self.decision.plan.sizes if self.decision and self.decision.state is State.SKIP else None
 
@@ -306,6 +299,8 @@ class Rank:
         _acting = self
         runtime.skip_sizes = self.skip_sizes
         runtime.sync_graph_mode = self.decision.plan.graph_level == "sync"
+        runtime.uniform_batches = self.decision.plan.graph_level == "uniform"
+        runtime._runner = self
         runtime._latched = self.decision  # type: ignore[assignment]  # it has what is read here
         return wrapper(stock, self, args, kwargs)
 
@@ -322,7 +317,7 @@ class Rank:
     def begin(self) -> tuple[int, bool]:
         self.step = self.scheduler.schedule()
         self.events = []
-        tokens = self.step.total_num_scheduled_tokens
+        tokens = sum(count for _, count in self.step)
         self.uniform = all(count == self.decode_token_per_req for _, count in self.step)
         prefill = any(request.prefilling for request, _ in self.step)
         if not tokens:
@@ -530,8 +525,8 @@ def serve(deployment: Node, decisions: Sequence[Decision | None], schedule: Sequ
     except MC2OnlyError as error:
         raise Violation(f"a rank ends: {error}") from error
     finally:
-        runtime.skip_sizes = runtime._latched = None
-        runtime.sync_graph_mode = False
+        runtime.skip_sizes = runtime._latched = runtime._runner = None
+        runtime.sync_graph_mode = runtime.uniform_batches = False
 
 
 def _serve(ranks: list[Rank], schedule: Sequence[Sequence[str]]) -> Outcome:
@@ -565,7 +560,7 @@ def _serve(ranks: list[Rank], schedule: Sequence[Sequence[str]]) -> Outcome:
 def _together(ranks: list[Rank], counts: list[tuple[int, bool]], *, drafts: bool) -> None:
     for rank in ranks:
         if not drafts:
-            rank.events, rank.step, rank.uniform = [], Step(), True
+            rank.events, rank.step, rank.uniform = [], [], True
         rank.peers = counts
     modes = [rank.synchronise(*count) for rank, count in zip(ranks, counts, strict=True)]
     for rank, count in zip(ranks, counts, strict=True):

@@ -83,7 +83,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No thread that exports metrics, and no line for each of thousands of clamped schedulers."""
     monkeypatch.setattr(metrics, "start_in_workers", lambda engine: None)
     monkeypatch.setattr(graph_mode, "lowest", simulated_ranks.lowest)
-    for name in ("skip_sizes", "_latched", "sync_graph_mode", "in_draft_passes"):
+    for name in ("skip_sizes", "_latched", "_runner", "sync_graph_mode", "uniform_batches", "in_draft_passes"):
         monkeypatch.setattr(runtime, name, getattr(runtime, name))  # put back afterwards
     level = logger.level
     logger.setLevel(logging.WARNING)
@@ -414,15 +414,15 @@ def test_the_assertion_turns_a_hang_into_an_error(monkeypatch: pytest.MonkeyPatc
         run_all(node(facts), few(facts))
 
 
-def test_a_scheduler_that_ignores_the_limit_ends_its_rank_before_the_step() -> None:
-    facts = UNIFORM["0.11.0, graphs of decode batches"]
-    rank = Rank(STOCK["0.11.0"], facts, start(node(facts, graph_mode="uniform"))[0], 0)
-    rank.clamp()
-    rank.scheduler.arrive("short prompt")
-    assert rank.scheduler.schedule().num_scheduled_tokens == [1]
-    rank.scheduler.scheduler_config.long_prefill_token_threshold = 0
-    with pytest.raises(MC2OnlyError, match="DSP304 DP rank 0: 3 tokens of 1 requests in one step"):
-        rank.scheduler.schedule()
+def test_a_scheduler_out_of_control_ends_its_rank_instead_of_mixing_modes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the engine's process is not patched."""
+    deployment = _uniform(UNIFORM["0.11.0, graphs of decode batches"])
+    monkeypatch.setattr(scheduler_bound, "make_uniform", _nothing)
+    with pytest.raises(Violation, match=r"a rank ends: DSP304 DP rank \d: a batch of \d+ tokens is no decode batch"):
+        run_all(deployment, few(deployment.facts[0]))
+    monkeypatch.setattr(graph_mode, "agree_on_graph_mode", _unwrapped)
+    with pytest.raises(Violation, match="graph and eager in one call"):
+        run_all(deployment, few(deployment.facts[0]))
 
 
 def test_a_rank_without_a_graph_of_the_common_mode_ends() -> None:
