@@ -146,7 +146,7 @@ def test_ranks_with_other_capture_sizes_do_not_skip(baseline: Baseline, tmp_path
 def test_a_rank_that_leaves_mc2_stops_before_it_communicates(baseline: Baseline, tmp_path: Path) -> None:
     """The last line. What keeps steps below the bound is taken out of rank 1, so that a prompt makes one too large."""
     unbounded = changed_overlay(
-        tmp_path, "patches/scheduler_bound.py", "scheduler.max_num_scheduled_tokens = sizes.token_budget", "pass"
+        tmp_path, "patches/scheduler_bound.py", "scheduler.max_num_scheduled_tokens = plan.sizes.token_budget", "pass"
     )
     environments = [{}, unbounded]
     servers = launched_apart(tmp_path, baseline.model, RECOMPUTE, overlay=[True, True], environments=environments)
