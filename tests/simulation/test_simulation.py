@@ -137,7 +137,7 @@ def assert_state(
 
 DEPLOYMENTS = [
     pytest.param(replace(facts, data_parallel_size=ranks, process_group_size=ranks * facts.tensor_parallel_size), state,
-                 setting, id=f"{state.name.lower()}, DP{ranks}, {name}")
+                 setting, id=f"{state.name.lower()}, graph_mode={setting}, DP{ranks}, {name}")
     for state, setting, group in (
         (State.SKIP, "refuse", SKIPPING), (State.SKIP, "sync", AGREEING), (State.SKIP, "uniform", UNIFORM),
         (State.SYNC, "refuse", SYNCHRONISED)

@@ -245,6 +245,18 @@ Node& add_node(Capture& capture, Node::Kind kind, aclrtEvent event) {
     return *capture.graph->nodes.back();
 }
 
+// Whether a captured stream has recorded the call on a number. Throws if the stream cannot take one.
+bool recorded(Guard& guard, aclrtStream stream, Node::Kind kind, const Word& word) {
+    const auto capture = capture_of(stream);
+    if (capture == nullptr) {
+        expect_free(guard, stream, "the stream");
+        return false;
+    }
+    expect_valid(*capture, named(stream));
+    add_node(*capture, kind, nullptr).word = word;
+    return true;
+}
+
 // Whether events mean nothing to graphs: none is captured or blocked, and none can come to be by an event.
 bool events_are_plain() {
     return vnpu_graph_activity.load(std::memory_order_relaxed) == 0 && state().externals == 0;
@@ -534,12 +546,7 @@ aclError aclrtValueWrite(void* place, uint64_t value, uint32_t, aclrtStream stre
     return guarded("aclrtValueWrite", [&] {
         const Word word{static_cast<uint64_t*>(place), value, 0};
         Guard guard(state().lock);
-        if (const auto capture = capture_of(stream)) {
-            expect_valid(*capture, named(stream));
-            add_node(*capture, Node::Kind::kWriteValue, nullptr).word = word;
-            return;
-        }
-        expect_free(guard, stream, "the stream");
+        if (recorded(guard, stream, Node::Kind::kWriteValue, word)) return;
         *word.place = value;
         advance_all(guard);
     });
@@ -549,12 +556,7 @@ aclError aclrtValueWait(void* place, uint64_t value, uint32_t how, aclrtStream s
     return guarded("aclrtValueWait", [&] {
         const Word word{static_cast<uint64_t*>(place), value, how};
         Guard guard(state().lock);
-        if (const auto capture = capture_of(stream)) {
-            expect_valid(*capture, named(stream));
-            add_node(*capture, Node::Kind::kAwaitValue, nullptr).word = word;
-            return;
-        }
-        expect_free(guard, stream, "the stream");
+        if (recorded(guard, stream, Node::Kind::kAwaitValue, word)) return;
         if (!word.satisfied()) throw std::runtime_error("waiting for a number outside graphs is not emulated");
     });
 }
