@@ -122,6 +122,18 @@ def test_what_a_killed_process_left_is_removed() -> None:
         assert not any(path.exists() for path in orphans)
 
 
+def test_a_link_that_fails_is_told_of() -> None:
+    with pytest.raises(TwoNodesError, match="the link ended with status -9"), TwoNodes(FOLDER) as nodes:
+        nodes._process.kill()
+    assert not any(Path("/run/netns", name).exists() for name in nodes.names)
+    with TwoNodes(FOLDER) as nodes:
+        nodes._process.kill()
+        nodes._process.wait()
+        with pytest.raises(TwoNodesError, match="the link ended with status -9"):
+            nodes.set(Link(1))
+    assert not any(Path("/run/netns", name).exists() for name in nodes.names)
+
+
 def test_a_bad_setting_is_refused_and_changes_nothing() -> None:
     with TwoNodes(FOLDER, Link(2000)) as nodes:
         for bad in (Link(-1), Link(0, 2_000_000), Link(0, 0, 1.0)):

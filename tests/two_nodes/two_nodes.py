@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import subprocess
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ class TwoNodes:
         folder: for the forwarder's binary.
 
     Raises:
-        TwoNodesError: no root, no /dev/net/tun, no iproute2, no compiler.
+        TwoNodesError: no root, no /dev/net/tun, no iproute2, no compiler; on leaving, that the link had failed.
     """
 
     def __init__(self, folder: Path, link: Link = Link()) -> None:
@@ -108,8 +108,9 @@ class TwoNodes:
     def set(self, link: Link) -> None:
         """From now on; packets that are under way keep their time."""
         assert self._process.stdin is not None
-        self._process.stdin.write(f"{link.delay_us} {link.jitter_us} {link.loss}\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # its last words are read below
+            self._process.stdin.write(f"{link.delay_us} {link.jitter_us} {link.loss}\n")
+            self._process.stdin.flush()
         self._expect("ok")
 
     def _expect(self, answer: str) -> None:
@@ -120,13 +121,18 @@ class TwoNodes:
         if line:
             raise TwoNodesError(line)
         _, errors = self._process.communicate()
-        raise TwoNodesError(errors.strip() or f"the link ended with status {self._process.returncode}")
+        raise self._ended(errors)
 
     def _end(self) -> None:
-        """It ends with its input."""
+        """It ends with its input. One that ended before has been no link for a while."""
         if self._process.returncode is None:
-            output, _ = self._process.communicate(timeout=30)
-            self.traffic = json.loads(output) if output else {}
+            output, errors = self._process.communicate(timeout=30)
+            if self._process.returncode:
+                raise self._ended(errors)
+            self.traffic = json.loads(output)
+
+    def _ended(self, errors: str) -> TwoNodesError:
+        return TwoNodesError(errors.strip() or f"the link ended with status {self._process.returncode}")
 
     @staticmethod
     def _check_machine() -> None:
