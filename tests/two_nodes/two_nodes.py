@@ -7,14 +7,17 @@ what goes through shared memory, such as the virtual devices, does not.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 SOURCE = Path(__file__).with_name("link.cpp")
 TUN = Path("/dev/net/tun")
@@ -22,6 +25,9 @@ DEVICE = "link0"  # in both namespaces
 # A network for documentation (RFC 5737): nothing outside of the namespaces has such an address.
 ADDRESSES = ("192.0.2.1", "192.0.2.2")
 _PREFIX_LENGTH = 30
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_CLONE_NEWNET = 0x40000000
+Result = TypeVar("Result")
 _NAMES = "dp-sync-"  # and the process id
 # As large as a TUN device takes: the link costs CPU time for each packet, which a real one does not.
 _MTU = 65520
@@ -104,6 +110,19 @@ class TwoNodes:
     def on(self, node: int, *command: str) -> list[str]:
         """`command` as it is started on a node, 0 or 1."""
         return ["ip", "netns", "exec", self.names[node], *command]
+
+    def run(self, node: int, function: Callable[[], Result]) -> Result:
+        """Calls it in a thread of that node. The sockets, processes and threads that it makes are there as well."""
+
+        def enter() -> None:
+            with Path("/run/netns", self.names[node]).open() as namespace:
+                if _LIBC.setns(namespace.fileno(), _CLONE_NEWNET):
+                    code = ctypes.get_errno()
+                    raise TwoNodesError(f"a thread could not enter node {node}: {os.strerror(code)}")
+
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(enter).result()
+            return thread.submit(function).result()
 
     def set(self, link: Link) -> None:
         """From now on; packets that are under way keep their time."""

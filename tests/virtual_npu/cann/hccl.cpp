@@ -20,15 +20,19 @@ const char* HcclGetErrorString(HcclResult code);
 #pragma GCC visibility pop
 
 #include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <iterator>
+#include <thread>
 #include <type_traits>
 
 #include "error.h"
 #include "graph.h"
 #include "half.h"
 #include "ledger.h"
+#include "settings.h"
 #include "shm.h"
 
 namespace vnpu {
@@ -150,10 +154,25 @@ void log(const Comm& comm, OpKind kind, uint64_t ordinal, uint64_t bytes, double
     ledger_event(event.add("mode", in_graph() ? "graph" : "eager").add("host_us", host_us));
 }
 
+// A way between nodes, which shared memory does not take.
+void wait_for_link(const Comm& comm, const OpRecord& record) {
+    const std::string& path = settings().link_delay_file;
+    if (path.empty()) return;
+    int64_t us = -1;
+    if (!(std::ifstream(path) >> us) || us < 0 || us > 1'000'000) {
+        throw comm.failure(HCCL_E_PARA, record.title(),
+                           "VIRTUAL_NPU_LINK_DELAY_FILE='" + path + "' holds no number from 0 to 1000000");
+    }
+    std::this_thread::sleep_for(std::chrono::microseconds(us));
+}
+
 // The common part of all group collectives: claim, run, ledger.
 void collective(Comm& comm, OpRecord record, uint64_t bytes, const std::function<void(const OpRecord&)>& body) {
     comm.claim(Comm::Use::kCollectives, op_name(record.kind));
-    const double host_us = comm.group_operator(record, [&] { body(record); });
+    const double host_us = comm.group_operator(record, [&] {
+        body(record);
+        wait_for_link(comm, record);
+    });
     if (!ledger_enabled()) return;
     log(comm, record.kind, record.ordinal, bytes, host_us);
 }

@@ -96,6 +96,14 @@ double seconds(const char* name, double fallback) {
     return number;
 }
 
+std::string readable_file(const char* name) {
+    const std::string path = text(name, "");
+    if (!path.empty() && access(path.c_str(), R_OK) != 0) {
+        reject(name, path, std::string("a file that can be read (") + std::strerror(errno) + ")");
+    }
+    return path;
+}
+
 std::string writable_directory(const char* name) {
     const std::string path = text(name, "");
     if (!path.empty() && access((path + "/.").c_str(), W_OK | X_OK) != 0) {
@@ -115,6 +123,7 @@ Settings read() {
     s.report_duplicate_experts = choice("VIRTUAL_NPU_DUPLICATE_EXPERTS", {"refuse", "report"}) == "report";
     s.report_mixed_modes = choice("VIRTUAL_NPU_MIXED_MODES", {"refuse", "report"}) == "report";
     s.delays = delays("VIRTUAL_NPU_DELAY");
+    s.link_delay_file = readable_file("VIRTUAL_NPU_LINK_DELAY_FILE");
     s.ledger_dir = writable_directory("VIRTUAL_NPU_LEDGER_DIR");
     return s;
 }

@@ -35,6 +35,9 @@ struct Settings {
     bool report_mixed_modes;
     // VIRTUAL_NPU_DELAY: <rank>:<ms>[@<nth dispatch>], several with commas, one per rank; default none
     std::vector<Delay> delays;
+    // VIRTUAL_NPU_LINK_DELAY_FILE, a file with a number of microseconds, which every HCCL collective takes longer, as if
+    // nodes were far apart; it is read each time, so that it can change. "" = none
+    std::string link_delay_file;
     // VIRTUAL_NPU_LEDGER_DIR, an existing directory; "" = no ledger
     std::string ledger_dir;
 

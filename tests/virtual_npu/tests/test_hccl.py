@@ -63,6 +63,46 @@ def reduced(dtype: str, op: str, size: int, count: int = 1000) -> np.ndarray:
         return total.astype(dtype)
 
 
+# ---- a way between nodes
+
+
+def changing_delays(world: World) -> list[float]:
+    """Milliseconds of an all_reduce with each delay, the first one not counted."""
+    comm = world.comm()
+    spent = []
+    for us in (0, 0, 40_000, 0):
+        comm.all_reduce(np.zeros(1, np.int32), "sum", "int32")
+        if world.rank == 0:  # in one piece: the other rank may be about to read it
+            file = Path(os.environ["VIRTUAL_NPU_LINK_DELAY_FILE"])
+            file.with_suffix(".new").write_text(str(us))
+            file.with_suffix(".new").rename(file)
+        comm.all_reduce(np.zeros(1, np.int32), "sum", "int32")
+        begin = time.monotonic()
+        comm.all_reduce(np.zeros(1, np.int32), "sum", "int32")
+        spent.append((time.monotonic() - begin) * 1000)
+    return spent[1:]
+
+
+def test_a_collective_takes_as_much_longer_as_the_file_says(launch, tmp_path: Path) -> None:
+    (tmp_path / "delay").write_text("0")
+    env = {"VIRTUAL_NPU_LINK_DELAY_FILE": str(tmp_path / "delay")}
+    for first, delayed, last in launch.values(2, "test_hccl:changing_delays", env=env):
+        assert delayed >= 40
+        assert max(first, last) < 40
+
+
+def one_all_reduce(world: World) -> None:
+    world.comm().all_reduce(np.zeros(1, np.int32), "sum", "int32")
+
+
+@pytest.mark.parametrize("text", ["", "soon", "-1", "1000001"])
+def test_a_delay_that_is_none(launch, tmp_path: Path, text: str) -> None:
+    (tmp_path / "delay").write_text(text)
+    env = {"VIRTUAL_NPU_LINK_DELAY_FILE": str(tmp_path / "delay")}
+    for result in launch(2, "test_hccl:one_all_reduce", env=env):
+        result.failed_with(PARA, "holds no number from 0 to 1000000")
+
+
 # ---- results
 
 

@@ -61,10 +61,17 @@ def test_bad_value(launch, variable: str, value: str, allowed: str) -> None:
 
 
 @pytest.mark.timeout(60)
-def test_missing_ledger_directory(launch, tmp_path: Path) -> None:
-    (result,) = launch(1, "test_npu_settings:make_root", env={"VIRTUAL_NPU_LEDGER_DIR": str(tmp_path / "none")})
+@pytest.mark.parametrize(
+    ("variable", "allowed"),
+    [
+        ("VIRTUAL_NPU_LEDGER_DIR", "a directory that exists and can be written"),
+        ("VIRTUAL_NPU_LINK_DELAY_FILE", "a file that can be read"),
+    ],
+)
+def test_missing_path(launch, tmp_path: Path, variable: str, allowed: str) -> None:
+    (result,) = launch(1, "test_npu_settings:make_root", env={variable: str(tmp_path / "none")})
     assert result.value not in (0, None)
-    assert "a directory that exists and can be written" in result.stderr
+    assert allowed in result.stderr
 
 
 @pytest.mark.timeout(60)
