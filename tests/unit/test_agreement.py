@@ -109,7 +109,11 @@ def kind(request: pytest.FixtureRequest) -> str:
 def test_equal_ranks_agree_even_if_one_is_slow(kind: str, tmp_path: Path) -> None:
     ranks = Ranks(kind, tmp_path, world=3, timeout=30)
     for rank in range(3):
-        ranks.start(rank, RECORD, delay=1.5 if rank == 2 else 0.0)
+        ranks.start(rank, RECORD, delay=None if rank == 2 else 0.0)
+    for rank in range(2):
+        ranks.wait_until_deciding(rank)
+    time.sleep(0.6)
+    ranks.go(2)
     results = [ranks.result(rank) for rank in range(3)]
     ranks.close()
     assert [result["agreed"] for result in results] == [True] * 3
