@@ -93,6 +93,11 @@ class Server:
         return self.process.returncode() is not None
 
 
+def new_port() -> int:
+    """A free port that no other server of this process has been given."""
+    return free_port(_ports)
+
+
 def server(
     folder: Path,
     model: Path,
@@ -111,7 +116,7 @@ def server(
     """
     ledger = folder / "ledger"
     ledger.mkdir(parents=True)
-    port = free_port(_ports)
+    port = new_port()
     transfer = {
         "kv_connector": "FileKVConnector",
         "kv_connector_module_path": "kv_connector",
@@ -148,7 +153,7 @@ def launched_apart(
     size = len(overlay)
     common = [
         *("--data-parallel-size", str(size), "--data-parallel-size-local", "1"),
-        *("--data-parallel-address", HOST, "--data-parallel-rpc-port", str(free_port(_ports))),
+        *("--data-parallel-address", HOST, "--data-parallel-rpc-port", str(new_port())),
         *arguments,
     ]
     servers = []

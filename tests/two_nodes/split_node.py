@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from demo import Cluster, free_port
-from launched_ranks import Server, server
+from demo import Cluster
+from launched_ranks import Server, new_port, server
 from two_nodes import ADDRESSES, DEVICE, TwoNodes
 
 
@@ -55,7 +55,7 @@ def split_node(
     hccl_delay_file.write_text("0")
     common = [
         *("--data-parallel-size", str(size), "--data-parallel-size-local", str(local)),
-        *("--data-parallel-address", ADDRESSES[0], "--data-parallel-rpc-port", str(free_port(set()))),
+        *("--data-parallel-address", ADDRESSES[0], "--data-parallel-rpc-port", str(new_port())),
         *arguments,
     ]
     own = (["--api-server-count", "1"], ["--headless", "--data-parallel-start-rank", str(local)])

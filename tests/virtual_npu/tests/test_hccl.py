@@ -70,7 +70,7 @@ def changing_delays(world: World) -> list[float]:
     """Milliseconds of an all_reduce with each delay, the first one not counted."""
     comm = world.comm()
     spent = []
-    for us in (0, 0, 40_000, 0):
+    for us in (0, 0, 400_000, 0):
         comm.all_reduce(np.zeros(1, np.int32), "sum", "int32")
         if world.rank == 0:  # in one piece: the other rank may be about to read it
             file = Path(os.environ["VIRTUAL_NPU_LINK_DELAY_FILE"])
@@ -87,8 +87,8 @@ def test_a_collective_takes_as_much_longer_as_the_file_says(launch, tmp_path: Pa
     (tmp_path / "delay").write_text("0")
     env = {"VIRTUAL_NPU_LINK_DELAY_FILE": str(tmp_path / "delay")}
     for first, delayed, last in launch.values(2, "test_hccl:changing_delays", env=env):
-        assert delayed >= 40
-        assert max(first, last) < 40
+        assert delayed >= 400
+        assert max(first, last) < 400  # also on a busy machine
 
 
 def one_all_reduce(world: World) -> None:
