@@ -16,6 +16,7 @@ import contextlib
 import importlib.metadata
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -47,7 +48,12 @@ PREFILL_KV_BLOCKS = 64
 START_TIMEOUT_S = 420
 LOG_LINES, CAUSE_LINES = 15, 6
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-_EXCEPTION = re.compile(r"\] \w*(Error|Exception): |^(\(\w+ pid=\d+\) )?\w*(Error|Exception): ")
+_EXCEPTION = re.compile(r"\] [\w.]*(Error|Exception): |^(\(\w+ pid=\d+\) )?[\w.]*(Error|Exception): ")
+# Below the ports that the kernel gives to whoever asks for any (ip_local_port_range), so that only those who ask for
+# one of these can take it before the server that is meant to have it.
+PORTS = range(20000, 29000)
+# Stock picks ports for its groups and binds them seconds later; by then another process may have one of them.
+_PORT_TAKEN = re.compile(r"EADDRINUSE|address (is )?already in use", re.IGNORECASE)
 
 
 def installed_stock_plugins() -> str:
@@ -102,6 +108,20 @@ class Process:
         if causes and causes[0] < len(lines) - LOG_LINES:
             shown = [*lines[causes[0] : causes[0] + CAUSE_LINES], "...", *shown]
         return "\n".join("    " + line[:400] for line in shown)
+
+    def lost_a_port(self) -> bool:
+        """Whether its log says that another process has taken a port that it had picked."""
+        return _PORT_TAKEN.search(self.log.read_text(errors="replace")) is not None
+
+    def start_again(self) -> None:
+        """Starts anew one that ended while it started, without the ledgers of the ranks that ended."""
+        self.stop()
+        ledger = self.env.get("VIRTUAL_NPU_LEDGER_DIR")
+        for path in Path(ledger).iterdir() if ledger else ():
+            path.unlink()
+        self.log.rename(self.log.with_suffix(".first.log"))
+        self.members.clear()
+        self.start()
 
     def remember(self) -> None:
         """Notes all descendants, so that one whose parent dies first can still be found by its id."""
@@ -172,10 +192,19 @@ class Cluster:
             process.stop()
 
     def wait_until_ready(self, waiting: dict[Process, str], timeout_s: float = START_TIMEOUT_S) -> None:
-        """Polls the URLs until all answer. Raises DemoError with the log's last lines when one ends or is too slow."""
+        """Polls the URLs until all answer. Raises DemoError with the log's last lines when one ends or is too slow.
+
+        One that ends because another process has taken a port that stock had picked is started again, once.
+        """
         pending = dict(waiting)
+        again: set[Process] = set()
         deadline = time.monotonic() + timeout_s
         while pending:
+            for process in pending.keys() - again:
+                if process.returncode() is not None and process.lost_a_port():
+                    say(f"{process.name} found a port taken that it had picked; starting it again")
+                    again.add(process)
+                    process.start_again()
             for process, url in list(pending.items()):
                 self.check()
                 process.remember()
@@ -205,14 +234,14 @@ def _answers(url: str) -> bool:
 
 
 def free_port(taken: set[int]) -> int:
-    """A port that is free on the loopback address and not in `taken`, which it joins."""
+    """A port of `PORTS` that is free on the loopback address and not in `taken`, which it joins."""
     while True:
-        with socket.socket() as probe:
-            probe.bind((HOST, 0))
-            port: int = probe.getsockname()[1]
-        if port not in taken:
-            taken.add(port)
-            return port
+        port = random.choice(PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            if port not in taken:
+                probe.bind((HOST, port))
+                taken.add(port)
+                return port
 
 
 def check_port(port: int) -> None:

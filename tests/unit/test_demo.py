@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from demo import HOST, Cluster, DemoError, Process, check_port, node_environment
+from demo import HOST, Cluster, DemoError, Process, check_port, free_port, node_environment
 from load import make_requests
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -76,7 +76,9 @@ def test_an_orphan_is_found_when_its_parent_died_first(tmp_path: Path) -> None:
 
 def test_a_failed_start_shows_the_cause_and_the_end_of_the_log(tmp_path: Path) -> None:
     code = (
-        "print('RuntimeError: operator X is not emulated')\nfor i in range(50): print('line', i)\nraise SystemExit(3)"
+        "print('(EngineCore pid=1) ERROR [core.py:1] torch.foo.SomeError: operator X is not emulated')\n"
+        "for i in range(50): print('line', i)\n"
+        "raise SystemExit(3)"
     )
     cluster = Cluster()
     node = cluster.start(process(tmp_path, code))
@@ -88,6 +90,40 @@ def test_a_failed_start_shows_the_cause_and_the_end_of_the_log(tmp_path: Path) -
     assert "line 49" in text
     assert "line 20\n" not in text
     node.stop()
+
+
+PORT_TAKEN = """
+import http.server, os, pathlib, sys
+(pathlib.Path(os.environ["VIRTUAL_NPU_LEDGER_DIR"]) / str(os.getpid())).touch()
+if not pathlib.Path("again").exists():
+    pathlib.Path("again").touch()
+    raise OSError("[core.py:1] torch.distributed.DistNetworkError: port: 40000, EADDRINUSE, address already in use")
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), http.server.SimpleHTTPRequestHandler).serve_forever()
+"""
+
+
+def test_a_node_that_lost_a_port_is_started_again_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ledger = tmp_path / "ledger"
+    ledger.mkdir()
+    cluster = Cluster()
+    port = free_port(set())
+    node = process(tmp_path, PORT_TAKEN)
+    node.command.append(str(port))
+    node.env["VIRTUAL_NPU_LEDGER_DIR"] = str(ledger)
+    cluster.start(node)
+    try:
+        cluster.wait_until_ready({node: f"http://{HOST}:{port}/"}, 30)
+        assert "DistNetworkError" in (tmp_path / "node.first.log").read_text()
+        assert len(list(ledger.iterdir())) == 1
+    finally:
+        node.stop(grace_s=1)
+    always = process(tmp_path, "raise OSError('torch.distributed.DistNetworkError: address already in use')")
+    cluster = Cluster()
+    cluster.start(always)
+    with pytest.raises(DemoError, match="node ended with status 1"):
+        cluster.wait_until_ready({always: f"http://{HOST}:9/"}, 30)
+    always.stop()
 
 
 def test_a_start_that_takes_too_long_is_an_error(tmp_path: Path) -> None:
