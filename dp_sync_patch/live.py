@@ -38,6 +38,20 @@ def latch_mc2_tokens_capacity(runner: Any, vllm_config: Any) -> None:
         context.set_mc2_tokens_capacity(vllm_config, runner.max_num_reqs, runner.uniform_decode_query_len)
 
 
+def set_capture_sizes(runner: Any, sizes: tuple[int, ...]) -> None:
+    """Capture graphs of these sizes (ascending) only. Before the model is loaded."""
+    from vllm_ascend import utils
+
+    compilation = runner.compilation_config
+    compilation.cudagraph_capture_sizes = None  # both take a list that is there already for the user's
+    if hasattr(utils, "update_cudagraph_capture_sizes"):
+        utils.update_cudagraph_capture_sizes(runner.vllm_config, list(sizes))
+        runner.cudagraph_batch_sizes = list(sizes)
+    else:
+        compilation.init_with_cudagraph_sizes(list(sizes))
+        runner.aclgraph_batch_sizes = list(reversed(compilation.cudagraph_capture_sizes))
+
+
 def _forward_context() -> Any:
     """The module that holds the capacity from 0.12.0rc1 on; on 0.11.0 the runner does (None)."""
     from vllm_ascend import ascend_forward_context

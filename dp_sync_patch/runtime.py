@@ -253,13 +253,10 @@ def _put_in_force(runner: Any, state: State, plan: Plan) -> None:
         return
     sizes = plan.sizes
     live.set_mc2_tokens_capacity(runner, sizes.bound)
-    compilation = runner.compilation_config
-    if sizes.capture_sizes and tuple(sorted(compilation.cudagraph_capture_sizes)) != sizes.capture_sizes:
+    if sizes.capture_sizes and tuple(sorted(runner.compilation_config.cudagraph_capture_sizes)) != sizes.capture_sizes:
         # Graphs above the bound can never be replayed, and above the capacity they would be captured with another
         # communication method.
-        compilation.cudagraph_capture_sizes = None
-        compilation.init_with_cudagraph_sizes(list(sizes.capture_sizes))
-        runner.aclgraph_batch_sizes = list(reversed(compilation.cudagraph_capture_sizes))
+        live.set_capture_sizes(runner, sizes.capture_sizes)
     skip_sizes = sizes
     sync_graph_mode = plan.graph_level == "sync"
     uniform_batches = plan.graph_level == "uniform"

@@ -36,6 +36,9 @@ class Stock:
     max_draft_passes: int
     # Graph modes (names of CUDAGraphMode) for which the padded bound and the captures of this version were worked out.
     graph_modes: frozenset[str]
+    # Whether the graph mode can be agreed on in each step: patches/graph_mode.py is fitted to this version. Later ones
+    # have it in their all_reduce, which is no slower.
+    graph_mode_sync: bool
     # Experts of one rank above which the A2 leaves MC2; 0: no such limit.
     a2_max_local_experts: int
     # Model types whose communication method is hard-wired to something else than MC2.
@@ -64,6 +67,7 @@ _0_11_0 = Stock(
     speculative_methods=frozenset({"deepseek_mtp"}),
     max_draft_passes=_ANY,  # with `level_draft_passes`
     graph_modes=frozenset({"NONE", "PIECEWISE", "FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"}),
+    graph_mode_sync=True,
     a2_max_local_experts=0,
     models_without_mc2=frozenset({"PanguProMoE"}),
 )
@@ -77,12 +81,14 @@ _0_12_0rc1 = replace(
     speculative_methods=frozenset({"mtp"}),
     max_draft_passes=1,  # a batch with prefill stops after the first pass, and an idle rank does not
     graph_modes=frozenset({"NONE"}),
+    graph_mode_sync=False,
 )
 _0_13_0 = replace(
     _0_12_0rc1,
     vllm="0.13.0",
     vllm_ascend="0.13.0",
     worker_cls="vllm_ascend.worker.worker.NPUWorker",
+    graph_modes=frozenset({"NONE", "PIECEWISE", "FULL_DECODE_ONLY"}),
     models_without_mc2=frozenset(),
 )
 _0_18_0 = replace(

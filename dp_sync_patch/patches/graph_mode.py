@@ -10,7 +10,7 @@ from vllm.distributed.parallel_state import get_dp_group
 
 from dp_sync_patch import metrics, runtime
 from dp_sync_patch.errors import MC2OnlyError
-from dp_sync_patch.patches import PatchPoint
+from dp_sync_patch.patches import PatchPoint, Place, points_at
 
 
 def agree_on_graph_mode(
@@ -22,22 +22,11 @@ def agree_on_graph_mode(
     rank comes here once for each target pass, dummies and captures included, so every rank takes part. Draft passes
     are not in FULL graphs, and have the same mode everywhere. Profile runs have no graphs yet.
 
-    With graph level `uniform` there is nothing to agree on: every batch of requests has a FULL graph.
-
     Raises:
         MC2OnlyError: this rank has no graph of the common mode for its batch. The keys of a dispatcher rule it out: a
-            size with a FULL graph has a PIECEWISE graph too wherever another batch can be PIECEWISE. Or, with
-            `uniform`, no FULL graph: the scheduler of this rank is not under control. Nothing has been communicated.
+            size with a FULL graph has a PIECEWISE graph too wherever another batch can be PIECEWISE. Or as below.
     """
-    chosen = wrapped(*args, **kwargs)
-    if runtime.uniform_batches and chosen[0] != CUDAGraphMode.FULL and runtime.has_requests():
-        descriptor = args[0] if args else kwargs["batch_descriptor"]
-        metrics.refused()
-        raise MC2OnlyError(
-            "DSP304",
-            f"DP rank {runtime.dp_rank()}: a batch of {descriptor.num_tokens} tokens is no decode batch with a FULL "
-            "graph, which the ranks agreed to have only",
-        )
+    chosen = expect_full_graph(wrapped, instance, args, kwargs)
     if not runtime.sync_graph_mode or runtime.in_profile_run or runtime.in_draft_passes:
         return chosen
     mode, _ = chosen
@@ -55,6 +44,24 @@ def agree_on_graph_mode(
             "the ranks agreed on for this step",
         )
     return common, descriptor
+
+
+def expect_full_graph(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """In `skip` with graph level `uniform` there is nothing to agree on: every batch of requests has a FULL graph.
+
+    Raises:
+        MC2OnlyError: this one has none: the scheduler of this rank is not under control. Nothing has been communicated.
+    """
+    chosen = wrapped(*args, **kwargs)
+    if runtime.uniform_batches and chosen[0] != CUDAGraphMode.FULL and runtime.has_requests():
+        batch = args[0] if args else kwargs.get("batch_descriptor", kwargs.get("num_tokens"))
+        metrics.refused()
+        raise MC2OnlyError(
+            "DSP304",
+            f"DP rank {runtime.dp_rank()}: a batch of {getattr(batch, 'num_tokens', batch)} tokens is no decode batch "
+            "with a FULL graph, which the ranks agreed to have only",
+        )
+    return chosen
 
 
 def lowest(mode: int) -> int:
@@ -78,5 +85,27 @@ POINTS = (
         upstream="vllm-ascend#13826, vllm-ascend#6011",
         remove_when="Every batch of a decode node has the same mode, or stock agrees on it while it skips.",
         versions="==0.11.0",
+    ),
+    *points_at(
+        Place(
+            "==0.13.0",
+            "vllm.v1.cudagraph_dispatcher",
+            "CudagraphDispatcher.dispatch",
+            "(self, num_tokens, uniform_decode, has_lora, disable_full=False)",
+        ),
+        Place(
+            ">=0.18.0",
+            "vllm.v1.cudagraph_dispatcher",
+            "CudagraphDispatcher.dispatch",
+            "(self, num_tokens, uniform_decode=False, has_lora=False, num_active_loras=0, valid_modes=None, "
+            "invalid_modes=None)",
+        ),
+        unit="worker",
+        wrapper=expect_full_graph,
+        why="Stock's skip is blind to the graph mode: a batch with prefill runs eagerly while an idle rank replays a "
+        "graph for the same MC2 call.",
+        how="In skip, graph level uniform: stock's choice, checked. Else stock.",
+        upstream="vllm-ascend#13826",
+        remove_when="Stock agrees on the graph mode while it skips.",
     ),
 )

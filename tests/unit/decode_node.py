@@ -49,6 +49,7 @@ _DECODE_NODE = Facts(
     max_draft_passes=2**31,
     graph_mode="NONE",
     graph_mode_known=True,
+    graph_mode_sync=True,
     separate_routines=False,
     capture_sizes=(),
     compile_sizes=(),

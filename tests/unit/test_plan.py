@@ -123,6 +123,8 @@ def separate(mode: str = "FULL_DECODE_ONLY", drafts: int = 0, **changes: Any) ->
         (separate(drafts=2), ["sync"]),
         (separate("FULL_AND_PIECEWISE", drafts=2), []),  # drafts of an idle rank are not in graphs, others are
         (separate(graph_mode_known=False), []),
+        (separate(graph_mode_sync=False), ["uniform"]),
+        (separate(graph_mode_sync=False, drafts=2), []),
         (separate(recompute_in_effect=False, max_num_batched_tokens=32), ["sync"]),
         (separate(captures=[8, 48], mc2_tokens_capacity=48), ["sync"]),  # no FULL graph above max_num_seqs
     ],

@@ -30,7 +30,6 @@ LONG = (40, 12)
 GROWING = (5, 150)
 FEW_BLOCKS = ("--num-gpu-blocks-override", "4")
 HIERARCHY = {"HCCL_INTRA_PCIE_ENABLE": "1", "HCCL_INTRA_ROCE_ENABLE": "0"}
-FULL_GRAPHS = {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]}
 TWO_DRAFTS = ("--speculative-config", json.dumps({"method": "mtp", "num_speculative_tokens": 2}))
 
 
@@ -136,14 +135,15 @@ if STOCK.vllm_ascend in ("0.12.0rc1", "0.13.0"):
 
 if STOCK.vllm_ascend in ("0.13.0", "0.18.0", "0.23.0"):  # 0.12.0rc1 does not start with a capture list of its own
 
-    def with_full_graphs(folder: Path, model: Path, *, overlay: bool) -> Server:
-        flags = [*DP2, "--no-enforce-eager", "--compilation-config", json.dumps(FULL_GRAPHS)]
-        environment = {"VLLM_DISABLE_COMPILE_CACHE": "1", "VIRTUAL_NPU_TIMEOUT_S": "20"}
+    def in_graphs(folder: Path, model: Path, *, overlay: bool, mode: str = "FULL_DECODE_ONLY", **more: str) -> Server:
+        compilation = json.dumps({"cudagraph_mode": mode, "cudagraph_capture_sizes": [1, 2, 4, 8, 16]})
+        flags = [*DP2, "--no-enforce-eager", "--compilation-config", compilation]
+        environment = {"VLLM_DISABLE_COMPILE_CACHE": "1", "VIRTUAL_NPU_TIMEOUT_S": "20", **more}
         return server(folder, model, flags, overlay=overlay, environment=environment)
 
     def test_stock_with_full_graphs_skips_and_mixes_modes(model: Path, tmp_path: Path) -> None:
         """vllm-ascend#13826: a rank prefills a prompt that fits MC2, eagerly; the idle one replays a graph."""
-        node = with_full_graphs(tmp_path / "stock", model, overlay=False)
+        node = in_graphs(tmp_path / "stock", model, overlay=False)
         (prompt,) = make_prompts([SHORT])
         with Cluster() as cluster:
             cluster.start(node.process)
@@ -156,13 +156,48 @@ if STOCK.vllm_ascend in ("0.13.0", "0.18.0", "0.23.0"):  # 0.12.0rc1 does not st
         steps = [event for event in events if event.get("step", -1) >= 0]
         assert not [event for event in steps if event.get("group") == "dp:0"], "stock does not skip here"
 
-    def test_full_graphs_are_synchronised(model: Path, tmp_path: Path) -> None:
-        prompts = make_prompts([SHORT, LONG, (9, 40)])
-        result = serve(with_full_graphs(tmp_path / "node", model, overlay=True), prompts)
-        assert_synchronised(result, prompts, "DSP125")
+    GRAPH_PROMPTS = make_prompts([SHORT, LONG, (9, 40)])
+
+    @pytest.fixture(scope="module")
+    def eager(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+        return run(tmp_path_factory.mktemp("eager"), model, GRAPH_PROMPTS, ())
+
+    def assert_no_collective(result: Run, eager: Run) -> None:
+        assert result.tokens == eager.tokens
+        assert result.log.count("DSP000 skip") == 2
+        for rank in (0, 1):
+            assert result.dp_collectives(rank) == {}
+            assert set(result.calls_by_step(rank, "dispatch").values()) == {ToyModelShape().num_hidden_layers}
+        assert not [event for events in result.ranks for event in events if event["ev"] == "violation"]
+        sizes = [[event["bs"] for event in result.dispatches(rank)] for rank in (0, 1)]
+        assert sum(len(set(together)) > 1 for together in zip(*sizes, strict=True)) > 10
+        # The graph of 16, above the bound, has not been captured.
+        captured = [event for event in result.ranks[0] if event["ev"] == "graph" and event["op"] == "capture"]
+        assert captured
+        assert max(map(max, sizes)) <= MAX_NUM_SEQS
+
+    def test_full_graphs_without_a_collective(model: Path, eager: Run, tmp_path: Path) -> None:
+        """Graph level `uniform`: one token of each request per step, so every step of every rank is a graph."""
+        result = serve(in_graphs(tmp_path / "node", model, overlay=True), GRAPH_PROMPTS)
+        assert_no_collective(result, eager)
+        assert result.log.count("decode batches only, so that every step is a FULL graph") == 2
+        assert {event["mode"] for rank in (0, 1) for event in result.dispatches(rank)} == {"graph"}
+        computed = sum(sum(result.scheduled(rank).values()) for rank in (0, 1))
+        assert computed == sum(len(prompt) + count - 1 for prompt, count in [GRAPH_PROMPTS[0], *GRAPH_PROMPTS])
+
+    def test_piecewise_graphs_without_a_collective(model: Path, eager: Run, tmp_path: Path) -> None:
+        result = serve(in_graphs(tmp_path / "node", model, overlay=True, mode="PIECEWISE"), GRAPH_PROMPTS)
+        assert_no_collective(result, eager)
+        assert {event["mode"] for rank in (0, 1) for event in result.dispatches(rank)} == {"graph"}
+
+    def test_full_graphs_are_synchronised(model: Path, eager: Run, tmp_path: Path) -> None:
+        """Where nothing else is allowed, by stock's own all_reduce."""
+        refused = in_graphs(tmp_path / "node", model, overlay=True, DP_SYNC_PATCH_GRAPH_MODE="refuse")
+        result = serve(refused, GRAPH_PROMPTS)
+        assert_synchronised(result, GRAPH_PROMPTS, "DSP122")
         modes = [{event["step"]: event["mode"] for event in result.dispatches(rank)} for rank in (0, 1)]
         common = modes[0].keys() & modes[1].keys()
         assert {modes[0][step] for step in common} == {"graph", "eager"}
         assert all(modes[0][step] == modes[1][step] for step in common)
         assert not [event for events in result.ranks for event in events if event["ev"] == "violation"]
-        assert result.tokens == run(tmp_path / "eager", model, prompts, ()).tokens
+        assert result.tokens == eager.tokens
