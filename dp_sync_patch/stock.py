@@ -98,7 +98,13 @@ _0_18_0 = replace(
     max_draft_passes=_ANY,  # no longer dependent on what is in the batch
     a2_max_local_experts=24,
 )
-_0_23_0 = replace(_0_18_0, vllm="0.23.0", vllm_ascend="0.23.0")
+_0_23_0 = replace(
+    _0_18_0,
+    vllm="0.23.0",
+    vllm_ascend="0.23.0",
+    # The default; versions before make PIECEWISE of it.
+    graph_modes=frozenset({"NONE", "PIECEWISE", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"}),
+)
 KNOWN = (_0_11_0, _0_12_0rc1, _0_13_0, _0_18_0, _0_23_0)
 
 # Options that not every version reads, with the vllm-ascend versions that do. Elsewhere they change nothing in stock.

@@ -362,12 +362,10 @@ class Rank:
 
     def dispatch(self, descriptor: BatchDescriptor) -> Any:
         """Of the graph dispatcher."""
-        stock = self.graphs.dispatch
-        if self.behaviour.own_skip:
-            return stock(descriptor)  # not patched there
+        checked = graph_mode.expect_full_graph if self.behaviour.own_skip else graph_mode.agree_on_graph_mode
         return self.wrapped(
-            lambda wrapped, _, args, kwargs: graph_mode.agree_on_graph_mode(wrapped, self.graphs, args, kwargs),
-            stock,
+            lambda wrapped, _, args, kwargs: checked(wrapped, self.graphs, args, kwargs),
+            self.graphs.dispatch,
             descriptor,
         )
 

@@ -55,6 +55,8 @@ SKIPPING = {
     "0.13.0, one draft": small("0.13.0", 1),
     "0.18.0": small("0.18.0"),
     "0.18.0, two drafts": small("0.18.0", 2),
+    "0.13.0, graphs and one draft": graphs("0.13.0", 1),
+    "0.18.0, graphs and two drafts": graphs("0.18.0", 2),
 }
 # With graph_mode=sync.
 AGREEING = {
@@ -67,6 +69,7 @@ UNIFORM = {
     "0.11.0, graphs of decode batches": graphs("0.11.0", 0, "FULL_DECODE_ONLY"),
     "0.11.0, two kinds of graphs": graphs("0.11.0", 0, "FULL_AND_PIECEWISE"),
     "0.11.0, graphs of decode batches, TP": graphs("0.11.0", 0, "FULL_DECODE_ONLY", tensor_parallel_size=2),
+    "0.18.0, graphs of decode batches": graphs("0.18.0", 0, "FULL_DECODE_ONLY"),
 }
 SYNCHRONISED = {
     "0.11.0, kv_both": small("0.11.0", 2, kv_role="kv_both"),

@@ -35,6 +35,8 @@ _COLUMN_OF = {
     "tests.versions.test_decode_node.test_skip": "skip proven",
     "tests.versions.test_decode_node.test_stock": "hazards shown",
     "tests.versions.test_hazards": "hazards shown",
+    "tests.versions.test_graphs.test_stock": "hazards shown",
+    "tests.versions.test_graphs": "skip proven",
     "tests.versions.test_draft_passes": "drafts",
     "tests.versions.test_w8a8": "skip proven",
     "tests.versions": "refusals",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,14 +76,20 @@ def make_prompts(lengths: Iterable[tuple[int, int]], seed: int = 5) -> list[Prom
     return [([draw.randrange(3, 384) for _ in range(length)], count) for length, count in lengths]
 
 
-def serve(node: Server, prompts: list[Prompt]) -> Run:
-    """One prompt while the other ranks are idle, then all of them at once."""
+def seeded(*prompts: tuple[int, int, int]) -> list[Prompt]:
+    """Each from its length, tokens to generate and seed."""
+    return [make_prompts([(length, count)], seed)[0] for length, count, seed in prompts]
+
+
+def serve(node: Server, prompts: list[Prompt], ranks: Sequence[int] | None = None) -> Run:
+    """One prompt while the other ranks are idle, then all of them at once, each on the rank given for it, if any."""
     with Cluster() as cluster:
         cluster.start(node.process)
         cluster.wait_until_ready({node.process: f"{node.url}/health"})
         tokens = [node.complete(*prompts[0])]
         with ThreadPoolExecutor(len(prompts)) as pool:
-            tokens += pool.map(lambda prompt: node.complete(*prompt), prompts)
+            where = ranks or [None] * len(prompts)
+            tokens += pool.map(lambda prompt, rank: node.complete(*prompt, rank=rank), prompts, where)
         wait_until_idle([node])
         cluster.check()
     return Run(tokens, read_ranks([node]), node.log)
@@ -126,3 +132,14 @@ def assert_stock_skips_and_hangs(
     assert any(event["ev"] == "step" for event in steps)
     assert not [event for event in steps if event.get("group") == "dp:0"], "stock does not skip here"
     assert "timeout, waited 8 s for rank" in node.log
+
+
+def assert_synchronised(result: Run, prompts: list[Prompt], code: str, *, passes: int = 1) -> None:
+    """All requests were answered, and every step has one all_reduce for each of its passes, on every rank."""
+    assert [len(tokens) for tokens in result.tokens] == [count for _, count in [prompts[0], *prompts]]
+    assert code in result.log
+    assert "DSP000" not in result.log
+    for rank in range(len(result.ranks)):
+        steps = result.steps(rank)
+        assert len(steps) > 32
+        assert result.dp_collectives(rank, "all_reduce") == dict.fromkeys(steps, passes)
