@@ -70,7 +70,7 @@ class Facts:
     max_draft_passes: int  # see stock.Stock
     graph_mode: str  # name of CUDAGraphMode, NONE when the runner does not use graphs
     graph_mode_known: bool
-    graph_mode_sync: bool  # see stock.Stock
+    drafts_follow_graph_mode: bool  # in this graph mode, see stock.Stock
     separate_routines: bool
     capture_sizes: tuple[int, ...]  # ascending
     compile_sizes: tuple[int, ...]  # ascending
@@ -201,7 +201,7 @@ def read(
         max_draft_passes=stock.max_draft_passes,
         graph_mode=graph_mode,
         graph_mode_known=graph_mode in stock.graph_modes,
-        graph_mode_sync=stock.graph_mode_sync,
+        drafts_follow_graph_mode=graph_mode in stock.drafts_follow_in,
         separate_routines=uses_graphs and compilation.cudagraph_mode.separate_routine(),
         # Stock keeps this list in falling order, but reads entry 0 as the largest wherever a user gave it.
         capture_sizes=tuple(sorted(compilation.cudagraph_capture_sizes or ())),

@@ -52,6 +52,24 @@ def set_capture_sizes(runner: Any, sizes: tuple[int, ...]) -> None:
         runner.aclgraph_batch_sizes = list(reversed(compilation.cudagraph_capture_sizes))
 
 
+def graph_mode_of_step(runner: Any, scheduler_output: Any) -> Any:
+    """The CUDAGraphMode that stock will choose for this batch, from what it is chosen by. After `_update_states`."""
+    counts = scheduler_output.num_scheduled_tokens.values()
+    tokens = scheduler_output.total_num_scheduled_tokens
+    query_len = runner.uniform_decode_query_len
+    uniform = max(counts) == query_len and tokens == query_len * len(counts)
+    if hasattr(runner, "aclgraph_dispatcher"):
+        from vllm.forward_context import BatchDescriptor
+
+        if tokens <= runner.aclgraph_batch_sizes[-1]:
+            tokens = runner.vllm_config.pad_for_cudagraph(tokens)
+        return runner.aclgraph_dispatcher.dispatch(BatchDescriptor(num_tokens=tokens, uniform_decode=uniform))[0]
+    if runner.speculative_config:
+        # A piece of a prompt may be as long as a decode step.
+        uniform = uniform and all(runner.input_batch.num_computed_tokens_cpu[: len(counts)] > 0)
+    return runner.cudagraph_dispatcher.dispatch(num_tokens=tokens, uniform_decode=uniform)[0]
+
+
 def _forward_context() -> Any:
     """The module that holds the capacity from 0.12.0rc1 on; on 0.11.0 the runner does (None)."""
     from vllm_ascend import ascend_forward_context

@@ -192,11 +192,8 @@ def _uniform_lacks(facts: Facts, sizes: Sizes) -> Iterator[str]:
 
 
 def _mode_sync_lacks(facts: Facts) -> Iterator[str]:
-    """Draft passes are not agreed on. With FULL_DECODE_ONLY none of them is a graph; with FULL_AND_PIECEWISE those of
-    an idle rank are not, and others are."""
-    if not facts.graph_mode_sync:
-        yield "another stock version"
-    if facts.graph_mode != "FULL_DECODE_ONLY" and facts.num_speculative_tokens:
+    """Draft passes are not agreed on: they have to have the same mode on all ranks by themselves."""
+    if facts.num_speculative_tokens and not facts.drafts_follow_graph_mode:
         yield "without --speculative-config"
 
 

@@ -36,9 +36,8 @@ class Stock:
     max_draft_passes: int
     # Graph modes (names of CUDAGraphMode) for which the padded bound and the captures of this version were worked out.
     graph_modes: frozenset[str]
-    # Whether the graph mode can be agreed on in each step: patches/graph_mode.py is fitted to this version. Later ones
-    # have it in their all_reduce, which is no slower.
-    graph_mode_sync: bool
+    # Graph modes in which draft passes have the same mode on all ranks once the target passes have.
+    drafts_follow_in: frozenset[str]
     # Experts of one rank above which the A2 leaves MC2; 0: no such limit.
     a2_max_local_experts: int
     # Model types whose communication method is hard-wired to something else than MC2.
@@ -67,7 +66,7 @@ _0_11_0 = Stock(
     speculative_methods=frozenset({"deepseek_mtp"}),
     max_draft_passes=_ANY,  # with `level_draft_passes`
     graph_modes=frozenset({"NONE", "PIECEWISE", "FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"}),
-    graph_mode_sync=True,
+    drafts_follow_in=frozenset({"FULL_DECODE_ONLY"}),  # else drafts of an idle rank are in no graph, and others are
     a2_max_local_experts=0,
     models_without_mc2=frozenset({"PanguProMoE"}),
 )
@@ -81,7 +80,7 @@ _0_12_0rc1 = replace(
     speculative_methods=frozenset({"mtp"}),
     max_draft_passes=1,  # a batch with prefill stops after the first pass, and an idle rank does not
     graph_modes=frozenset({"NONE"}),
-    graph_mode_sync=False,
+    drafts_follow_in=frozenset(),  # the proposer looks at its own batch again
 )
 _0_13_0 = replace(
     _0_12_0rc1,
@@ -96,6 +95,7 @@ _0_18_0 = replace(
     vllm="0.18.0",
     vllm_ascend="0.18.0",
     max_draft_passes=_ANY,  # no longer dependent on what is in the batch
+    drafts_follow_in=frozenset({"FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"}),
     a2_max_local_experts=24,
 )
 _0_23_0 = replace(

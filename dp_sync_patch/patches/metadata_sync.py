@@ -163,28 +163,10 @@ POINTS = (
     *points_at(
         Place("==0.12.0rc1", _RUNNER, "NPUModelRunner._sync_metadata_across_dp", "(self, num_tokens, with_prefill)"),
         Place(
-            "==0.13.0",
-            _RUNNER,
-            "NPUModelRunner._sync_metadata_across_dp",
-            "(self, num_tokens, with_prefill=False, cudagraph_mode=0, is_draft_model=False)",
-        ),
-        Place(
-            "==0.18.0",
-            _RUNNER,
-            "NPUModelRunner._sync_batch_across_dp",
-            "(self, num_tokens_padded=None, cudagraph_mode=0, allow_dp_padding=False)",
-        ),
-        Place(
             "==0.18.0",
             _RUNNER,
             "NPUModelRunner._sync_metadata_across_dp",
             "(self, num_tokens, with_prefill=False, is_draft_model=False)",
-        ),
-        Place(
-            "==0.23.0",
-            _RUNNER,
-            "NPUModelRunner._sync_metadata_across_dp",
-            "(self, num_tokens, is_draft_model=False, cudagraph_mode=<CUDAGraphMode.NONE: 0>, allow_dp_padding=False)",
         ),
         unit="worker",
         wrapper=count_pass,

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor
@@ -53,12 +54,16 @@ class Behaviour:
 
     own_skip: bool
     drafts_stop_after_prefill: bool  # then a batch with prefill makes one draft pass only
+    prompts_are_not_uniform: bool = False  # with drafts: the first piece of one, as long as a decode step
+    drafts_in_full_graphs: str = ""  # "batch": where it is a uniform one; "target": where the target pass is in one
 
 
 STOCK = {
     "0.11.0": Behaviour(own_skip=False, drafts_stop_after_prefill=True),
-    "0.13.0": Behaviour(own_skip=True, drafts_stop_after_prefill=True),
-    "0.18.0": Behaviour(own_skip=True, drafts_stop_after_prefill=False),
+    "0.13.0": Behaviour(own_skip=True, drafts_stop_after_prefill=True, drafts_in_full_graphs="batch"),
+    "0.18.0": Behaviour(
+        own_skip=True, drafts_stop_after_prefill=False, prompts_are_not_uniform=True, drafts_in_full_graphs="target"
+    ),
 }
 
 
@@ -277,7 +282,16 @@ class Rank:
         self.capacity = sizes.bound if sizes else self.facts.mc2_tokens_capacity or 0
         self.vllm_config = SimpleNamespace(pad_for_cudagraph=self.pad)
         self.graphs = self._graphs()
-        self.aclgraph_dispatcher = SimpleNamespace(dispatch=self.dispatch)
+        if self.behaviour.own_skip:
+            self.cudagraph_dispatcher = SimpleNamespace(
+                dispatch=lambda num_tokens, uniform_decode: self.dispatch(
+                    BatchDescriptor(self.pad(num_tokens), uniform_decode)
+                )
+            )
+        else:
+            self.aclgraph_dispatcher = SimpleNamespace(dispatch=self.dispatch)
+        self.speculative_config = self.num_speculative_tokens or None
+        self.uniform_decode_query_len = self.decode_token_per_req
         self.scheduler = Scheduler(self.facts, self.facts.max_num_batched_tokens)
         self.dispatcher = SimpleNamespace(need_expert_scale=bool(self.facts.hierarchy), ep_rank_id=self.rank)
         # Latched where the dispatchers are built.
@@ -285,7 +299,8 @@ class Rank:
 
     @property
     def input_batch(self) -> SimpleNamespace:
-        return SimpleNamespace(num_reqs=len(self.scheduler.running))
+        computed = np.array([request.computed for request, _ in self.step])
+        return SimpleNamespace(num_reqs=len(self.scheduler.running), num_computed_tokens_cpu=computed)
 
     @property
     def skip_sizes(self) -> Sizes | None:
@@ -319,6 +334,8 @@ class Rank:
         self.events = []
         tokens = sum(count for _, count in self.step)
         self.uniform = all(count == self.decode_token_per_req for _, count in self.step)
+        if self.behaviour.prompts_are_not_uniform and self.num_speculative_tokens:
+            self.uniform = self.uniform and all(request.computed for request, _ in self.step)
         prefill = any(request.prefilling for request, _ in self.step)
         if not tokens:
             return self.decode_token_per_req, False  # the dummy of an idle rank
@@ -330,7 +347,16 @@ class Rank:
         return mode
 
     def target(self) -> None:
+        if self.step:
+            counts = {number: count for number, (_, count) in enumerate(self.step)}
+            output = SimpleNamespace(num_scheduled_tokens=counts, total_num_scheduled_tokens=sum(counts.values()))
+            self.wrapped(graph_mode.post_graph_mode, lambda _: None, output)
         self.mode, _ = self.dispatch(BatchDescriptor(self.tokens, self.uniform))
+        if self.behaviour.own_skip:
+            # The mode in the metadata sync, and what stock does by it.
+            own = self.mode.value
+            *_, common = self.wrapped(graph_mode.agree_in_metadata, lambda _: (self.tokens, None, own), self.tokens)
+            self.mode = CUDAGraphMode(common)
         self.forward("target", self.tokens, self.mode != CUDAGraphMode.NONE)
         for attribute in _GATHERS:
             if getattr(self.facts, attribute) not in ("", 1):
@@ -349,16 +375,20 @@ class Rank:
     def _propose(self, num_tokens: int, prefill: bool) -> None:
         tokens, with_prefill = self.synchronised("drafts", num_tokens, prefill)
         stop = with_prefill and self.behaviour.drafts_stop_after_prefill
-        mode, _ = self.dispatch(BatchDescriptor(tokens, False))
+        full = {"batch": self.uniform, "target": self.mode == CUDAGraphMode.FULL}
+        mode, _ = self.dispatch(BatchDescriptor(tokens, full.get(self.behaviour.drafts_in_full_graphs, False)))
         for _ in range(1 if stop else self.num_speculative_tokens):
-            self.forward("draft", tokens, mode == CUDAGraphMode.PIECEWISE)  # the drafter has no FULL graphs
+            self.forward("draft", tokens, self.drafts_in_graph(mode))
 
     def dummy_run(self, num_tokens: int, aclgraph_runtime_mode: CUDAGraphMode, **_: Any) -> None:
         tokens, with_prefill = self.synchronised("drafts", num_tokens, False)
         # The idle rank of 0.13.0 does not ask for the flag; 0.11.0 and 0.13.0 both run all passes but for it.
         stop = with_prefill and self.behaviour.drafts_stop_after_prefill
         for _ in range(1 if stop else self.num_speculative_tokens):
-            self.forward("draft", tokens, aclgraph_runtime_mode == CUDAGraphMode.PIECEWISE)
+            self.forward("draft", tokens, self.drafts_in_graph(aclgraph_runtime_mode))
+
+    def drafts_in_graph(self, mode: CUDAGraphMode) -> bool:
+        return mode != CUDAGraphMode.NONE if self.behaviour.drafts_in_full_graphs else mode == CUDAGraphMode.PIECEWISE
 
     def dispatch(self, descriptor: BatchDescriptor) -> Any:
         """Of the graph dispatcher."""
@@ -456,10 +486,10 @@ class Rank:
 _acting: Rank  # whose wrapper runs
 
 
-def lowest(mode: int) -> int:
+def post(mode: int) -> Any:
     """In place of the all_reduce of the graph mode."""
     _acting.events.append(("all_reduce", "mode"))
-    return min(_acting.modes)
+    return SimpleNamespace(mode=mode, lowest=min(_acting.modes), work=SimpleNamespace(wait=lambda: None))
 
 
 def judge(ranks: Sequence[Rank]) -> None:

@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,11 +18,12 @@ from simulated_ranks import ARRIVALS, STOCK, Decision, Node, Outcome, Rank, Viol
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor
 
-from dp_sync_patch import agreement, metrics, plan, runtime
+from dp_sync_patch import agreement, live, metrics, plan, runtime
 from dp_sync_patch.errors import AgreementError, MC2OnlyError, logger
 from dp_sync_patch.facts import Facts
 from dp_sync_patch.patches import comm_selector, graph_mode, mc2_arguments, metadata_sync, scheduler_bound
 from dp_sync_patch.plan import State
+from dp_sync_patch.stock import KNOWN
 
 SEED = 20261127
 REQUESTS = 4  # of a rank at a time
@@ -42,6 +44,8 @@ def graphs(stock: str, drafts: int = 0, mode: str = "PIECEWISE", **changes: Any)
     q = 1 + drafts
     captures = changes.pop("capture_sizes", (q, 2 * q, REQUESTS * q))
     separate = mode != "PIECEWISE"
+    (entry,) = (entry for entry in KNOWN if entry.vllm_ascend == stock)
+    changes = {"drafts_follow_graph_mode": mode in entry.drafts_follow_in, **changes}
     return small(stock, drafts, graph_mode=mode, separate_routines=separate, capture_sizes=captures, **changes)
 
 
@@ -63,6 +67,9 @@ AGREEING = {
     "0.11.0, graphs of decode batches": graphs("0.11.0", 0, "FULL_DECODE_ONLY"),
     "0.11.0, graphs of decode batches and two drafts": graphs("0.11.0", 2, "FULL_DECODE_ONLY"),
     "0.11.0, two kinds of graphs": graphs("0.11.0", 0, "FULL_AND_PIECEWISE"),
+    "0.13.0, graphs of decode batches": graphs("0.13.0", 0, "FULL_DECODE_ONLY"),
+    "0.18.0, graphs of decode batches and two drafts": graphs("0.18.0", 2, "FULL_DECODE_ONLY"),
+    "0.18.0, two kinds of graphs and two drafts": graphs("0.18.0", 2, "FULL_AND_PIECEWISE"),
 }
 # With graph_mode=uniform.
 UNIFORM = {
@@ -85,7 +92,8 @@ SYNCHRONISED = {
 def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No thread that exports metrics, and no line for each of thousands of clamped schedulers."""
     monkeypatch.setattr(metrics, "start_in_workers", lambda engine: None)
-    monkeypatch.setattr(graph_mode, "lowest", simulated_ranks.lowest)
+    monkeypatch.setattr(graph_mode, "_post", simulated_ranks.post)
+    monkeypatch.setattr(graph_mode, "_posted", None)
     for name in ("skip_sizes", "_latched", "_runner", "sync_graph_mode", "uniform_batches", "in_draft_passes"):
         monkeypatch.setattr(runtime, name, getattr(runtime, name))  # put back afterwards
     level = logger.level
@@ -275,17 +283,26 @@ def test_the_plan_without_a_condition_is_caught(monkeypatch: pytest.MonkeyPatch,
         run_all(node(facts), few(facts))
 
 
-def _decoding_in_graphs(drafts: int) -> Node:
-    return node(graphs("0.11.0", drafts, "FULL_DECODE_ONLY"), graph_mode="sync")
+def _decoding_in_graphs(drafts: int, stock: str = "0.11.0") -> Node:
+    return node(graphs(stock, drafts, "FULL_DECODE_ONLY"), graph_mode="sync")
 
 
 def _uniform(facts: Facts) -> Node:
     return node(facts, graph_mode="uniform")
 
 
-def _highest(mode: int) -> int:
-    simulated_ranks.lowest(mode)
-    return max(simulated_ranks._acting.modes)
+def _highest(mode: int) -> Any:
+    posted = simulated_ranks.post(mode)
+    posted.lowest = max(simulated_ranks._acting.modes)
+    return posted
+
+
+def _always_full(*_: Any) -> CUDAGraphMode:
+    return CUDAGraphMode.FULL
+
+
+def _by_counts_alone(runner: Any, scheduler_output: Any) -> Any:
+    return _real_look_ahead(SimpleNamespace(**{**vars(runner), "speculative_config": None}), scheduler_output)
 
 
 def _agreeing_in_drafts(*call: Any) -> Any:
@@ -326,6 +343,7 @@ def _keeping(name: str) -> Callable[..., Any]:
 
 _real_sizes = plan.compute_sizes
 _real_agreement = graph_mode.agree_on_graph_mode
+_real_look_ahead = live.graph_mode_of_step
 
 
 def _without_padding(facts: Facts) -> plan.Sizes:
@@ -362,11 +380,18 @@ MUTANTS: dict[str, tuple[Any, str, Any, Node]] = {
     "ranks are not compared": (agreement, "_judge", _always_agreed, DIFFERENT["0.11.0: another max_num_seqs"]),
     "the graph mode is not agreed on":
         (graph_mode, "agree_on_graph_mode", _unwrapped, _decoding_in_graphs(2)),
-    "the highest graph mode": (graph_mode, "lowest", _highest, _decoding_in_graphs(0)),
+    "the highest graph mode": (graph_mode, "_post", _highest, _decoding_in_graphs(0)),
+    "a graph is promised for every batch": (live, "graph_mode_of_step", _always_full, _decoding_in_graphs(0)),
+    "a graph is promised for the first piece of a prompt":
+        (live, "graph_mode_of_step", _by_counts_alone, _decoding_in_graphs(2, "0.18.0")),
     "drafts agree on the graph mode too":
         (graph_mode, "agree_on_graph_mode", _agreeing_in_drafts, _decoding_in_graphs(2)),
     "drafts in two kinds of graphs":
         (plan, "_mode_sync_lacks", _nothing, node(graphs("0.11.0", 2, "FULL_AND_PIECEWISE"), graph_mode="sync")),
+    "the graph mode is not agreed on in the metadata":
+        (graph_mode, "agree_in_metadata", _unwrapped, _decoding_in_graphs(2, "0.18.0")),
+    "drafts that look at their own batch for a graph":
+        (plan, "_mode_sync_lacks", _nothing, _decoding_in_graphs(1, "0.13.0")),
     "prompts in large pieces beside graphs of decode batches":
         (scheduler_bound, "make_uniform", _nothing, _uniform(graphs("0.11.0", 0, "FULL_DECODE_ONLY"))),
     "uniform batches with drafts":

@@ -39,7 +39,8 @@ BREAKS: dict[str, Facts] = {
     "DSP114": decode_node(fused_mc2="VLLM_ASCEND_ENABLE_FUSED_MC2"),
     "DSP120": decode_node(scheduler_known=False),
     "DSP121": decode_node(splits_prompts=False),
-    "DSP122": graph_node([32, 96], separate_routines=True, graph_mode="FULL_AND_PIECEWISE", num_speculative_tokens=2),
+    "DSP122": graph_node([32, 96], separate_routines=True, graph_mode="FULL_AND_PIECEWISE", num_speculative_tokens=2,
+                         drafts_follow_graph_mode=False),
     "DSP123": graph_node([10], tensor_parallel_size=4, max_num_seqs=11),
     "DSP124": decode_node(process_group_size=2),
     "DSP125": graph_node([16, 32], graph_mode_known=False),
@@ -121,10 +122,9 @@ def separate(mode: str = "FULL_DECODE_ONLY", drafts: int = 0, **changes: Any) ->
         (separate(), ["uniform", "sync"]),
         (separate("FULL_AND_PIECEWISE"), ["uniform", "sync"]),
         (separate(drafts=2), ["sync"]),
-        (separate("FULL_AND_PIECEWISE", drafts=2), []),  # drafts of an idle rank are not in graphs, others are
         (separate(graph_mode_known=False), []),
-        (separate(graph_mode_sync=False), ["uniform"]),
-        (separate(graph_mode_sync=False, drafts=2), []),
+        (separate(drafts_follow_graph_mode=False), ["uniform", "sync"]),
+        (separate(drafts_follow_graph_mode=False, drafts=1), []),
         (separate(recompute_in_effect=False, max_num_batched_tokens=32), ["sync"]),
         (separate(captures=[8, 48], mc2_tokens_capacity=48), ["sync"]),  # no FULL graph above max_num_seqs
     ],

@@ -48,6 +48,11 @@ class Run:
             if event["ev"] == "collective" and event["group"] in ("dp", "dp:0") and kind in (None, event["kind"])
         )
 
+    def collective_sizes(self, rank: int) -> set[int]:
+        """Bytes of those in the DP group."""
+        found = (event for event in self.serving(rank) if event["ev"] == "collective")
+        return {event["bytes"] for event in found if event["group"] in ("dp", "dp:0")}
+
     def steps(self, rank: int) -> list[int]:
         return [event["step"] for event in self.serving(rank) if event["ev"] == "step"]
 

@@ -27,6 +27,7 @@ STOCK = stock.require()
 # The first one fits MC2, the second one does not, and the last ones are together on one rank for a while.
 PROMPTS = make_prompts([(5, 24), (40, 12), (9, 60), (12, 60)])
 RANKS = (0, 1, 0, 0)
+SEPARATE = sorted(STOCK.graph_modes & {"FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"})
 # MLA adds up the pieces of a prompt in bf16: these are out of those in test_draft_passes.py whose tokens lead by 5/64.
 MLA_PROMPTS = seeded((6, 20, 304), (40, 12, 30), (90, 10, 634), (90, 10, 605))
 TOY_LAYERS = ToyModelShape().num_hidden_layers
@@ -73,6 +74,14 @@ def assert_graphs_without_a_collective(result: Run, eager: Run, layers: int = TO
     assert max(event["bs"] for events in result.ranks for event in events if event["ev"] == "ep") == MAX_NUM_SEQS
 
 
+def assert_one_mode_in_each_step(result: Run, expected: set[str]) -> None:
+    modes = [{event["step"]: event["mode"] for event in result.dispatches(rank)} for rank in (0, 1)]
+    common = modes[0].keys() & modes[1].keys()
+    assert {modes[0][step] for step in common} == expected
+    assert all(modes[0][step] == modes[1][step] for step in common)
+    assert not [event for events in result.ranks for event in events if event["ev"] == "violation"]
+
+
 if STOCK.own_skip and "PIECEWISE" in STOCK.graph_modes:
 
     def test_stock_with_full_graphs_skips_and_mixes_modes(model: Path, tmp_path: Path) -> None:
@@ -93,7 +102,7 @@ if STOCK.own_skip and "PIECEWISE" in STOCK.graph_modes:
         result = serve(in_graphs(tmp_path / "node", model, "PIECEWISE"), PROMPTS, RANKS)
         assert_graphs_without_a_collective(result, eager)
 
-    @pytest.mark.parametrize("mode", sorted(STOCK.graph_modes & {"FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"}))
+    @pytest.mark.parametrize("mode", SEPARATE)
     def test_full_graphs_without_a_collective(model: Path, eager: Run, tmp_path: Path, mode: str) -> None:
         """Graph level `uniform`: one token of each request per step, so every step of every rank is a FULL graph."""
         result = serve(in_graphs(tmp_path / "node", model, mode), PROMPTS, RANKS)
@@ -108,14 +117,23 @@ if STOCK.own_skip and "PIECEWISE" in STOCK.graph_modes:
         result = serve(in_graphs(tmp_path / "node", deepseek, "FULL_DECODE_ONLY"), MLA_PROMPTS, RANKS)
         assert_graphs_without_a_collective(result, run(tmp_path / "eager", deepseek, MLA_PROMPTS, ()), LAYERS)
 
+    @pytest.mark.parametrize("mode", SEPARATE)
+    def test_ranks_agree_on_the_graph_mode(model: Path, eager: Run, tmp_path: Path, mode: str) -> None:
+        """Graph level `sync`: one int per step, and never both modes in one step."""
+        result = serve(in_graphs(tmp_path / "node", model, mode, DP_SYNC_PATCH_GRAPH_MODE="sync"), PROMPTS, RANKS)
+        assert result.log.count("the ranks agree on the graph mode of every step") == 2
+        assert result.tokens == eager.tokens
+        for rank in (0, 1):
+            assert result.dp_collectives(rank, "all_reduce") == dict.fromkeys(result.steps(rank), 1)
+            assert result.collective_sizes(rank) == {4}
+        assert_one_mode_in_each_step(result, {"graph", "eager"} if mode == "FULL_DECODE_ONLY" else {"graph"})
+        sizes = [[event["bs"] for event in result.dispatches(rank)] for rank in (0, 1)]
+        assert sum(len(set(together)) > 1 for together in zip(*sizes, strict=True)) > 10
+
     def test_full_graphs_are_synchronised(model: Path, eager: Run, tmp_path: Path) -> None:
         """Where nothing else is allowed, by stock's own all_reduce."""
         node = in_graphs(tmp_path / "node", model, "FULL_DECODE_ONLY", DP_SYNC_PATCH_GRAPH_MODE="refuse")
         result = serve(node, PROMPTS, RANKS)
         assert_synchronised(result, PROMPTS, "DSP122")
-        modes = [{event["step"]: event["mode"] for event in result.dispatches(rank)} for rank in (0, 1)]
-        common = modes[0].keys() & modes[1].keys()
-        assert {modes[0][step] for step in common} == {"graph", "eager"}
-        assert all(modes[0][step] == modes[1][step] for step in common)
-        assert not [event for events in result.ranks for event in events if event["ev"] == "violation"]
+        assert_one_mode_in_each_step(result, {"graph", "eager"})
         assert result.tokens == eager.tokens
