@@ -28,13 +28,17 @@ def _dispatcher(module: str, *more: str) -> tuple[str, ...]:
 
 
 _FUSED = _dispatcher("vllm_ascend.ops.fused_moe")
+_GRAPH_MODES = (
+    "vllm.v1.cudagraph_dispatcher:CudagraphDispatcher.dispatch",
+    f"{_RUNNER}:NPUModelRunner._prepare_inputs",
+)
 
 _WORKER = {
     "0.11.0": (
         *_METHODS,
         _SYNC,
         "vllm_ascend.spec_decode.mtp_proposer:MtpProposer._propose",
-        "vllm.v1.cudagraph_dispatcher:CudagraphDispatcher.dispatch",
+        *_GRAPH_MODES,
         _SELECTOR_METHOD,
         *_dispatcher("vllm_ascend.ops.moe", "token_dispatch"),
     ),
@@ -49,6 +53,7 @@ _WORKER = {
         *_METHODS,
         f"{_RUNNER}:NPUModelRunner._skip_all_reduce_across_dp_group",
         _SYNC,
+        _GRAPH_MODES[0],
         *_SELECTORS,
         *_FUSED,
     ),
@@ -57,10 +62,11 @@ _WORKER = {
         *_SKIPS,
         f"{_RUNNER}:NPUModelRunner._sync_batch_across_dp",
         _SYNC,
+        *_GRAPH_MODES,
         *_SELECTORS,
         *_FUSED,
     ),
-    "0.23.0": (*_METHODS, *_SKIPS, _SYNC, *_SELECTORS, *_FUSED),
+    "0.23.0": (*_METHODS, *_SKIPS, _SYNC, *_GRAPH_MODES, *_SELECTORS, *_FUSED),
 }
 _PLUGINS = {
     "0.11.0": ("ascend_kv_connector", "ascend_enhanced_model"),
