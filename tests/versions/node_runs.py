@@ -24,6 +24,16 @@ DP2 = ("--data-parallel-size", "2", "--api-server-count", "1", *RECOMPUTE)
 # Stock does not look at it, the overlay refuses: a prompt with images could then not be scheduled in pieces.
 REFUSED = ("--disable-chunked-mm-input",)
 
+# Stock 0.18.0 puts a Triton kernel into full graphs, also where there is no Triton, as with torch_npu 2.9 here.
+_GRAPH_OPTIONS = {"recompute_scheduler_enable": True, "ascend_compilation_config": {"fuse_muls_add": False}}
+
+
+def graph_flags(mode: str, sizes: list[int]) -> list[str]:
+    """Of a node with the recompute scheduler and graphs of these sizes."""
+    compilation = {"cudagraph_mode": mode, "cudagraph_capture_sizes": sizes}
+    flags = ["--no-enforce-eager", "--compilation-config", json.dumps(compilation)]
+    return [*flags, "--additional-config", json.dumps(_GRAPH_OPTIONS)]
+
 
 @dataclass(frozen=True)
 class Run:

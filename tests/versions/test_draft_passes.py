@@ -17,7 +17,7 @@ import pytest
 from demo import Cluster
 from launched_ranks import MAX_NUM_SEQS, VOTE_EVERY, read_ranks, server, wait_until_idle
 from load import LoadRequest
-from node_runs import DP2, REFUSED, Run, make_prompts, seeded
+from node_runs import DP2, REFUSED, Run, graph_flags, make_prompts, seeded
 from serve_node import PrefillDecodePair, Rank
 from toy_deepseek import LAYERS, write_toy_deepseek
 
@@ -93,8 +93,7 @@ class Configuration:
             arguments.append(f"--{'' if self.async_scheduling else 'no-'}async-scheduling")
         if self.graphs:
             sizes = [requests * (1 + self.drafts) for requests in (1, 2, 4, MAX_NUM_SEQS)]
-            captures = {"cudagraph_mode": self.graphs, "cudagraph_capture_sizes": sizes}
-            arguments += ["--no-enforce-eager", "--compilation-config", json.dumps(captures)]
+            arguments += graph_flags(self.graphs, sizes)
         return arguments
 
 

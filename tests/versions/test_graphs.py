@@ -15,7 +15,7 @@ import httpx
 import pytest
 from demo import Cluster
 from launched_ranks import MAX_NUM_SEQS, Server, server
-from node_runs import DP2, Run, assert_synchronised, make_prompts, run, seeded, serve
+from node_runs import DP2, Run, assert_synchronised, graph_flags, make_prompts, run, seeded, serve
 from toy_deepseek import LAYERS, write_toy_deepseek
 from toy_model import ToyModelShape, write_toy_model
 
@@ -31,8 +31,6 @@ SEPARATE = sorted(STOCK.graph_modes & {"FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"}
 # MLA adds up the pieces of a prompt in bf16: these are out of those in test_draft_passes.py whose tokens lead by 5/64.
 MLA_PROMPTS = seeded((6, 20, 304), (40, 12, 30), (90, 10, 634), (90, 10, 605))
 TOY_LAYERS = ToyModelShape().num_hidden_layers
-# Stock 0.18.0 puts a Triton kernel into the graph, also where there is no Triton, as with torch_npu 2.9 here.
-OPTIONS = {"recompute_scheduler_enable": True, "ascend_compilation_config": {"fuse_muls_add": False}}
 CAPTURES = [1, 2, 4, MAX_NUM_SEQS, 2 * MAX_NUM_SEQS]  # the last one is above the bound
 
 
@@ -47,15 +45,7 @@ def eager(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def in_graphs(folder: Path, model: Path, mode: str, *, overlay: bool = True, **environment: str) -> Server:
-    compilation = json.dumps({"cudagraph_mode": mode, "cudagraph_capture_sizes": CAPTURES})
-    flags = [
-        *DP2,
-        "--no-enforce-eager",
-        "--compilation-config",
-        compilation,
-        "--additional-config",
-        json.dumps(OPTIONS),
-    ]
+    flags = [*DP2, *graph_flags(mode, CAPTURES)]
     environment = {"VLLM_DISABLE_COMPILE_CACHE": "1", "VIRTUAL_NPU_TIMEOUT_S": "20", **environment}
     return server(folder, model, flags, overlay=overlay, environment=environment)
 
