@@ -110,13 +110,13 @@ def lowest(mode: int) -> int:
     """
     global _posted
     posted, _posted = _posted or _post(mode), None
+    posted.work.wait()  # in any case: a group cannot be destroyed while one of its collectives is under way
     if mode < posted.mode:
         raise _refusal(
             "DSP305",
             f"told the other ranks of a {CUDAGraphMode(posted.mode).name} graph, and has none "
             f"({CUDAGraphMode(mode).name})",
         )
-    posted.work.wait()
     return int(posted.lowest)
 
 

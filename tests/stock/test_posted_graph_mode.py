@@ -26,15 +26,20 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     monkeypatch.setattr(runtime, "sync_graph_mode", True)
     monkeypatch.setattr(runtime, "dp_rank", lambda: 3)
     monkeypatch.setattr(graph_mode, "_posted", None)
-    posted = []
+    posted, all_of_it = [], []
     real = graph_mode._post
 
     def post(mode: int) -> Any:
         posted.append(mode)
-        return real(mode)
+        all_of_it.append(real(mode))
+        return all_of_it[-1]
 
     monkeypatch.setattr(graph_mode, "_post", post)
     yield posted
+    # The group waits for gloo's thread, and does not give the interpreter away for it; gloo's thread needs that where
+    # it has the last reference to a work.
+    for one in all_of_it:
+        one.work.wait()
     torch.distributed.destroy_process_group()
 
 
