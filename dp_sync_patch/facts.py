@@ -71,6 +71,7 @@ class Facts:
     graph_mode: str  # name of CUDAGraphMode, NONE when the runner does not use graphs
     graph_mode_known: bool
     drafts_follow_graph_mode: bool  # in this graph mode, see stock.Stock
+    uniform_with_drafts: bool  # see stock.Stock; and nothing in the model wants prompts cut at places of its own
     separate_routines: bool
     capture_sizes: tuple[int, ...]  # ascending
     compile_sizes: tuple[int, ...]  # ascending
@@ -202,6 +203,7 @@ def read(
         graph_mode=graph_mode,
         graph_mode_known=graph_mode in stock.graph_modes,
         drafts_follow_graph_mode=graph_mode in stock.drafts_follow_in,
+        uniform_with_drafts=stock.uniform_with_drafts and not (model.is_multimodal_model or model.is_hybrid),
         separate_routines=uses_graphs and compilation.cudagraph_mode.separate_routine(),
         # Stock keeps this list in falling order, but reads entry 0 as the largest wherever a user gave it.
         capture_sizes=tuple(sorted(compilation.cudagraph_capture_sizes or ())),

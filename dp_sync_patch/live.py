@@ -70,6 +70,12 @@ def graph_mode_of_step(runner: Any, scheduler_output: Any) -> Any:
     return runner.cudagraph_dispatcher.dispatch(num_tokens=tokens, uniform_decode=uniform)[0]
 
 
+def is_uniform_step(runner: Any) -> bool:
+    """Whether each request has as many tokens as in a decode step. From 0.18.0 on, once the inputs are prepared."""
+    starts = runner.query_start_loc.np[: runner.input_batch.num_reqs + 1]
+    return all(starts[1:] - starts[:-1] == runner.uniform_decode_query_len)
+
+
 def _forward_context() -> Any:
     """The module that holds the capacity from 0.12.0rc1 on; on 0.11.0 the runner does (None)."""
     from vllm_ascend import ascend_forward_context

@@ -176,11 +176,11 @@ def _graph_level_flags(facts: Facts, sizes: Sizes) -> Iterator[str]:
 
 
 def _uniform_lacks(facts: Facts, sizes: Sizes) -> Iterator[str]:
-    """What keeps a scheduler with one token per request from making every batch a uniform decode batch with a FULL
-    graph. A request that is preempted has to leave this node: computing it again, token by token, would take for ever.
+    """What keeps a scheduler with a fixed number of tokens per request from making every batch a uniform decode batch
+    with a FULL graph. A request that is preempted has to leave this node: computing it again in such small pieces would
+    take for ever.
     """
-    if facts.num_speculative_tokens:
-        # A request that comes from the prefill node, or is near its end, has fewer drafts than the others.
+    if facts.num_speculative_tokens and not facts.uniform_with_drafts:
         yield "without --speculative-config"
     if not facts.recompute_in_effect:
         yield _recompute_flag(facts)

@@ -341,6 +341,11 @@ def has_requests() -> bool:
     return _runner is not None and _runner.input_batch.num_reqs > 0
 
 
+def step_is_uniform() -> bool:
+    """Whether there are requests, with as many tokens each as a decode step has; once their inputs are prepared."""
+    return has_requests() and live.is_uniform_step(_runner)
+
+
 def warn_once(text: str) -> None:
     if text not in _warned:
         _warned.add(text)

@@ -42,6 +42,9 @@ class Stock:
     a2_max_local_experts: int
     # Model types whose communication method is hard-wired to something else than MC2.
     models_without_mc2: frozenset[str]
+    # Whether graph level `uniform` goes with drafts. Below, the recompute scheduler has none for a request in its first
+    # step here; a wrapper could not add them.
+    uniform_with_drafts: bool = False
 
     def reads(self, option: str) -> bool:
         """Whether stock looks at this environment variable or key of additional_config at all."""
@@ -97,6 +100,7 @@ _0_18_0 = replace(
     max_draft_passes=_ANY,  # no longer dependent on what is in the batch
     drafts_follow_in=frozenset({"FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"}),
     a2_max_local_experts=24,
+    uniform_with_drafts=True,
 )
 _0_23_0 = replace(
     _0_18_0,

@@ -90,6 +90,9 @@ def expect_full_graph(wrapped: Callable[..., Any], instance: Any, args: tuple[An
     Raises:
         MC2OnlyError: this one has none: the scheduler of this rank is not under control. Nothing has been communicated.
     """
+    if runtime.uniform_batches and not kwargs.get("uniform_decode", True) and runtime.step_is_uniform():
+        # With drafts stock does not take the first piece of a prompt for a decode, whatever its size.
+        kwargs = {**kwargs, "uniform_decode": True}
     chosen = wrapped(*args, **kwargs)
     if runtime.uniform_batches and chosen[0] != CUDAGraphMode.FULL and runtime.has_requests():
         batch = args[0] if args else kwargs.get("batch_descriptor", kwargs.get("num_tokens"))
