@@ -75,20 +75,30 @@ def _keep_uniform(scheduler: Any, query_len: int) -> None:
         receive(request)
         _fill_up(request, query_len, scheduler.max_model_len)
 
+    # Requests with several known tokens and drafts in their last step. While its output is on its way, the worker of
+    # 0.23.0 goes on behind the first token of such a step (`update_num_computed_tokens_for_batch_change`).
+    unsettled: set[str] = set()
+
     def scheduled(*args: Any, **kwargs: Any) -> Any:
+        nonlocal unsettled
         held = {}
         for request in scheduler.running:
-            if not _fill_up(request, query_len, scheduler.max_model_len):
+            waits = request.num_output_placeholders > 0 and request.request_id in unsettled
+            if waits or not _fill_up(request, query_len, scheduler.max_model_len):
                 held[request] = (
                     request.num_tokens_with_spec + request.num_output_placeholders - request.num_computed_tokens
                 )
         for request, count in held.items():
             request.num_output_placeholders -= count  # nothing is left to be computed, so stock passes over it
         try:
-            return schedule(*args, **kwargs)
+            output = schedule(*args, **kwargs)
         finally:
             for request, count in held.items():
                 request.num_output_placeholders += count
+        counts, drafts = output.num_scheduled_tokens, output.scheduled_spec_decode_tokens
+        unsettled = {request.request_id for request in held}
+        unsettled.update(name for name in drafts if counts[name] - len(drafts[name]) > 1)
+        return output
 
     scheduler.add_request, scheduler._update_waiting_for_remote_kv, scheduler.schedule = add, received, scheduled
     connector = scheduler.connector  # a node with kv_role has one

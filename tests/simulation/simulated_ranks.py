@@ -55,6 +55,7 @@ class Behaviour:
     own_skip: bool
     drafts_stop_after_prefill: bool  # then a batch with prefill makes one draft pass only
     prompts_are_not_uniform: bool = False  # with drafts: the first piece of one, as long as a decode step
+    drafts_at_once: bool = False  # a request from the prefill node has some in its first step
     drafts_in_full_graphs: str = ""  # "batch": where it is a uniform one; "target": where the target pass is in one
 
 
@@ -62,7 +63,11 @@ STOCK = {
     "0.11.0": Behaviour(own_skip=False, drafts_stop_after_prefill=True),
     "0.13.0": Behaviour(own_skip=True, drafts_stop_after_prefill=True, drafts_in_full_graphs="batch"),
     "0.18.0": Behaviour(
-        own_skip=True, drafts_stop_after_prefill=False, prompts_are_not_uniform=True, drafts_in_full_graphs="target"
+        own_skip=True,
+        drafts_stop_after_prefill=False,
+        prompts_are_not_uniform=True,
+        drafts_at_once=True,
+        drafts_in_full_graphs="target",
     ),
 }
 
@@ -170,14 +175,24 @@ def start(deployment: Node) -> list[Decision | None]:
 
 @dataclass(eq=False)
 class Request:
-    known: int  # tokens of the prompt and the output so far
-    computed: int  # of them with KV
+    """Named as in vLLM where the overlay looks at it."""
+
+    num_tokens: int  # of the prompt and the output so far
+    num_computed_tokens: int  # of them with KV
     left: int  # tokens to generate
-    drafts: int = 0  # proposed for the next step
+    spec_token_ids: list[int] = field(default_factory=list)  # proposed for the next step
+    num_output_placeholders: int = 0
+    request_id: str = ""
+    use_structured_output: bool = False
+    skip_reading_prefix_cache: bool = False
+
+    @property
+    def num_tokens_with_spec(self) -> int:
+        return self.num_tokens + len(self.spec_token_ids)
 
     @property
     def prefilling(self) -> bool:
-        return self.known - self.computed > 1
+        return self.num_tokens - self.num_computed_tokens > 1
 
 
 # What happens on one rank before one of its steps: the requests that come, or what becomes of those it has.
@@ -201,24 +216,43 @@ class Scheduler:
 
     facts: Facts
     max_num_scheduled_tokens: int
+    drafts_at_once: bool  # a request has some in its first step, if there is room
     scheduler_config: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(long_prefill_token_threshold=0))
     running: list[Request] = field(default_factory=list)
     waiting: list[Request] = field(default_factory=list)
+    max_model_len: int = MAX_MODEL_LEN
+
+    def __post_init__(self) -> None:
+        self.num_spec_tokens = self.facts.num_speculative_tokens
+        # KV comes between two steps here.
+        self.connector = SimpleNamespace(get_num_new_matched_tokens=None, update_state_after_alloc=None)
 
     @property
     def unfinished(self) -> bool:
         return bool(self.running or self.waiting)
 
     def arrive(self, kind: str) -> None:
-        self.waiting += ARRIVALS[kind](self.facts)
+        for request in ARRIVALS[kind](self.facts):
+            self.add_request(request)
+            if request.num_computed_tokens:
+                self._update_waiting_for_remote_kv(request)
         if kind == "preemption" and self.running:
             preempted = self.running.pop()
             if not (self.facts.recompute_in_effect and self.facts.kv_role == "kv_consumer"):
-                preempted.computed = preempted.drafts = 0
+                preempted.num_computed_tokens = 0
+                preempted.spec_token_ids = []
                 self.waiting.insert(0, preempted)
 
-    def schedule(self) -> list[tuple[Request, int]]:
-        """The requests of this step, and the tokens of each."""
+    def add_request(self, request: Request) -> None:
+        if self.drafts_at_once and self.max_model_len >= request.num_tokens + self.num_spec_tokens:
+            request.spec_token_ids = [-1] * self.num_spec_tokens
+        self.waiting.append(request)
+
+    def _update_waiting_for_remote_kv(self, request: Request) -> None:
+        pass
+
+    def schedule(self) -> SimpleNamespace:
+        """`requests` of this step, and the tokens of each; `num_scheduled_tokens` is for the overlay."""
         # A scheduler that is not known may do as it likes.
         budget = self.max_num_scheduled_tokens if self.facts.scheduler_known else 2**31
         limit = self.scheduler_config.long_prefill_token_threshold or 2**31
@@ -226,8 +260,9 @@ class Scheduler:
         for request in (*self.running, *self.waiting):
             if request not in self.running and len(self.running) == self.facts.max_num_seqs:
                 break
-            wanted = request.known - request.computed
-            tokens = min(wanted + request.drafts, limit, budget, MAX_MODEL_LEN - request.computed)
+            wanted = request.num_tokens - request.num_computed_tokens
+            room = self.max_model_len - 1 - request.num_computed_tokens
+            tokens = min(wanted + len(request.spec_token_ids), limit, budget, room)
             if tokens < wanted and not self.facts.splits_prompts:
                 break
             if tokens == 0:
@@ -237,22 +272,24 @@ class Scheduler:
             step.append((request, tokens))
             budget -= tokens
         self.waiting = [request for request in self.waiting if request not in self.running]
-        return step
+        for request, _ in step:
+            request.spec_token_ids = []
+        # Without async scheduling nothing is ever on its way.
+        return SimpleNamespace(requests=step, num_scheduled_tokens={}, scheduled_spec_decode_tokens={})
 
     def update(self, step: list[tuple[Request, int]], accepted: int) -> None:
         """After a step; of its drafts, `accepted` are right, as far as there are so many."""
         for request, tokens in step:
-            wanted = request.known - request.computed
-            request.computed += min(tokens, wanted)
+            wanted = request.num_tokens - request.num_computed_tokens
+            request.num_computed_tokens += min(tokens, wanted)
             if tokens < wanted:
                 continue
             made = 1 + min(accepted, tokens - wanted)
-            request.computed += made - 1
-            request.known += made
+            request.num_computed_tokens += made - 1
+            request.num_tokens += made
             request.left -= made
-            room = MAX_MODEL_LEN - request.known
-            request.drafts = max(min(self.facts.num_speculative_tokens, room), 0)
-            if request.left <= 0 or room <= 0:
+            request.spec_token_ids = [0] * self.num_spec_tokens
+            if request.left <= 0 or request.num_tokens >= self.max_model_len:
                 self.running.remove(request)
 
 
@@ -292,15 +329,21 @@ class Rank:
             self.aclgraph_dispatcher = SimpleNamespace(dispatch=self.dispatch)
         self.speculative_config = self.num_speculative_tokens or None
         self.uniform_decode_query_len = self.decode_token_per_req
-        self.scheduler = Scheduler(self.facts, self.facts.max_num_batched_tokens)
+        self.scheduler = Scheduler(
+            self.facts, self.facts.max_num_batched_tokens, drafts_at_once=self.behaviour.drafts_at_once
+        )
         self.dispatcher = SimpleNamespace(need_expert_scale=bool(self.facts.hierarchy), ep_rank_id=self.rank)
         # Latched where the dispatchers are built.
         self.latched_skip = self.behaviour.own_skip and self.should_skip()
 
     @property
     def input_batch(self) -> SimpleNamespace:
-        computed = np.array([request.computed for request, _ in self.step])
-        return SimpleNamespace(num_reqs=len(self.scheduler.running), num_computed_tokens_cpu=computed)
+        computed = np.array([request.num_computed_tokens for request, _ in self.step])
+        return SimpleNamespace(num_reqs=len(self.step), num_computed_tokens_cpu=computed)
+
+    @property
+    def query_start_loc(self) -> SimpleNamespace:
+        return SimpleNamespace(np=np.cumsum([0, *(count for _, count in self.step)]))
 
     @property
     def skip_sizes(self) -> Sizes | None:
@@ -330,12 +373,12 @@ class Rank:
     # reason, then the target and the drafts.
 
     def begin(self) -> tuple[int, bool]:
-        self.step = self.scheduler.schedule()
+        self.step = self.scheduler.schedule().requests
         self.events = []
         tokens = sum(count for _, count in self.step)
         self.uniform = all(count == self.decode_token_per_req for _, count in self.step)
         if self.behaviour.prompts_are_not_uniform and self.num_speculative_tokens:
-            self.uniform = self.uniform and all(request.computed for request, _ in self.step)
+            self.uniform = self.uniform and all(request.num_computed_tokens for request, _ in self.step)
         prefill = any(request.prefilling for request, _ in self.step)
         if not tokens:
             return self.decode_token_per_req, False  # the dummy of an idle rank
@@ -392,9 +435,12 @@ class Rank:
 
     def dispatch(self, descriptor: BatchDescriptor) -> Any:
         """Of the graph dispatcher."""
-        checked = graph_mode.expect_full_graph if self.behaviour.own_skip else graph_mode.agree_on_graph_mode
+        if self.behaviour.own_skip:
+            tokens, uniform = descriptor.num_tokens, descriptor.uniform_decode
+            stock = lambda num_tokens, uniform_decode: self.graphs.dispatch(BatchDescriptor(num_tokens, uniform_decode))  # noqa: E731
+            return self.wrapped(graph_mode.expect_full_graph, stock, num_tokens=tokens, uniform_decode=uniform)
         return self.wrapped(
-            lambda wrapped, _, args, kwargs: checked(wrapped, self.graphs, args, kwargs),
+            lambda wrapped, _, args, kwargs: graph_mode.agree_on_graph_mode(wrapped, self.graphs, args, kwargs),
             self.graphs.dispatch,
             descriptor,
         )

@@ -45,7 +45,13 @@ def graphs(stock: str, drafts: int = 0, mode: str = "PIECEWISE", **changes: Any)
     captures = changes.pop("capture_sizes", (q, 2 * q, REQUESTS * q))
     separate = mode != "PIECEWISE"
     (entry,) = (entry for entry in KNOWN if entry.vllm_ascend == stock)
-    changes = {"drafts_follow_graph_mode": mode in entry.drafts_follow_in, **changes}
+    changes = {
+        **{
+            "drafts_follow_graph_mode": mode in entry.drafts_follow_in,
+            "uniform_with_drafts": entry.uniform_with_drafts,
+        },
+        **changes,
+    }
     return small(stock, drafts, graph_mode=mode, separate_routines=separate, capture_sizes=captures, **changes)
 
 
@@ -77,6 +83,9 @@ UNIFORM = {
     "0.11.0, two kinds of graphs": graphs("0.11.0", 0, "FULL_AND_PIECEWISE"),
     "0.11.0, graphs of decode batches, TP": graphs("0.11.0", 0, "FULL_DECODE_ONLY", tensor_parallel_size=2),
     "0.18.0, graphs of decode batches": graphs("0.18.0", 0, "FULL_DECODE_ONLY"),
+    "0.18.0, graphs of decode batches and two drafts": graphs("0.18.0", 2, "FULL_DECODE_ONLY"),
+    "0.18.0, two kinds of graphs and two drafts": graphs("0.18.0", 2, "FULL_AND_PIECEWISE"),
+    "0.18.0, graphs of decode batches, one draft, TP": graphs("0.18.0", 1, "FULL_DECODE_ONLY", tensor_parallel_size=2),
 }
 SYNCHRONISED = {
     "0.11.0, kv_both": small("0.11.0", 2, kv_role="kv_both"),
@@ -179,7 +188,8 @@ STOCK_HANGS = {
     "0.18.0: a prompt that does not fit": (small("0.18.0"), "long prompt"),
     "0.13.0: two drafts, and a prompt that fits": (small("0.13.0", 2), "short prompt"),
     "0.13.0: hierarchy": (small("0.13.0", hierarchy="HCCL_INTRA_PCIE_ENABLE"), "hand-off"),
-    "0.18.0: a batch that is not uniform": (graphs("0.18.0", 1, "FULL_DECODE_ONLY"), "hand-off"),
+    "0.18.0: a batch that is not uniform": (graphs("0.18.0", 1, "FULL_DECODE_ONLY"), "short prompt"),
+    "0.18.0: no room for drafts": (graphs("0.18.0", 3, "FULL_DECODE_ONLY"), "tail"),
 }
 
 
@@ -396,6 +406,10 @@ MUTANTS: dict[str, tuple[Any, str, Any, Node]] = {
         (scheduler_bound, "make_uniform", _nothing, _uniform(graphs("0.11.0", 0, "FULL_DECODE_ONLY"))),
     "uniform batches with drafts":
         (plan, "_uniform_lacks", _nothing, _uniform(graphs("0.11.0", 2, "FULL_DECODE_ONLY"))),
+    "uniform batches with drafts that are not filled up":
+        (scheduler_bound, "_keep_uniform", _nothing, _uniform(graphs("0.18.0", 2, "FULL_DECODE_ONLY"))),
+    "the first piece of a prompt is no decode":
+        (runtime, "step_is_uniform", _never, _uniform(graphs("0.18.0", 2, "FULL_DECODE_ONLY"))),
     "uniform batches that are larger than stock's graphs of them":
         (plan, "_uniform_lacks", _nothing,
          _uniform(graphs("0.11.0", 0, "FULL_DECODE_ONLY", capture_sizes=(1, 2, 8), mc2_tokens_capacity=8))),

@@ -50,6 +50,7 @@ _DECODE_NODE = Facts(
     graph_mode="NONE",
     graph_mode_known=True,
     drafts_follow_graph_mode=True,
+    uniform_with_drafts=False,
     separate_routines=False,
     capture_sizes=(),
     compile_sizes=(),

@@ -82,7 +82,7 @@ class Sequence:
     tokens: list[int]  # prompt and output, known on the device at once
     kv: dict[int, int] = field(default_factory=dict)  # position -> token
     drafts: list[int] = field(default_factory=list)  # for its next step
-    rejected: int = 0  # of its last step
+    placed: int = 0  # position behind the accepted tokens of its last step, as the worker of 0.23.0 counts it
 
 
 class Play:
@@ -205,7 +205,7 @@ class Play:
         sequence = self.sequences[name]
         follows = self.asynchronous and name in self.last_step
         if follows:
-            computed -= sequence.rejected
+            computed = sequence.placed
             if drafts and sequence.drafts:
                 drafts = [*sequence.drafts, *drafts[len(sequence.drafts) :]][: len(drafts)]
         if count != self.query_len:
@@ -221,7 +221,7 @@ class Play:
         if computed + count > room:
             raise Wrong(f"request {name} has blocks for {room} tokens, and computes up to {computed + count}")
         sequence.kv |= {computed + place: token for place, token in enumerate(given)}
-        sequence.rejected, sequence.drafts = 0, []
+        sequence.placed, sequence.drafts = computed + count, []
         if computed + count < known:
             self.happened["pieces"] += 1
             return []
@@ -235,7 +235,8 @@ class Play:
             sequence.tokens.append(made[-1])
             if draft != made[-1]:
                 break
-        sequence.rejected = len(drafts) + 1 - len(made)
+        if drafts:
+            sequence.placed = computed + len(made)
         self.happened["accepted"] += len(made) - 1
         self.happened["filled"] += bool(drafts) and not follows
         sequence.drafts = self._propose(sequence.tokens)

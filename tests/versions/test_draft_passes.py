@@ -60,15 +60,21 @@ class Configuration:
     tp: int
     async_scheduling: bool
     graphs: str = ""  # their mode
+    level: str = ""  # with FULL graphs, how all ranks come to the same mode
 
     def __str__(self) -> str:
-        graphs = f"-{self.graphs.lower()}" if self.graphs else ""
+        graphs = "".join(f"-{name.lower()}" for name in (self.graphs, self.level) if name)
         return f"k{self.drafts}-tp{self.tp}-{'async' if self.async_scheduling else 'no_async'}{graphs}"
 
     @property
+    def environment(self) -> dict[str, str]:
+        level = {"DP_SYNC_PATCH_GRAPH_MODE": self.level} if self.level else {}
+        return {"VLLM_DISABLE_COMPILE_CACHE": "1", **level} if self.graphs else {}
+
+    @property
     def mode_syncs(self) -> int:
-        """Of a step with the skip: with full graphs the ranks agree on the graph mode of the target pass."""
-        return int(self.graphs.startswith("FULL"))
+        """Of a step with the skip."""
+        return int(self.level == "sync")
 
     @property
     def ranks(self) -> range:
@@ -103,12 +109,27 @@ COVERING = (
     Configuration(3, 2, True),
     Configuration(1, 1, True),
     Configuration(1, 2, False),
+    Configuration(min(3, STOCK.max_draft_passes), 1, ASYNC, "PIECEWISE"),
     *(
-        Configuration(min(3, STOCK.max_draft_passes), 1, ASYNC, mode)
-        for mode in sorted({"PIECEWISE", *STOCK.drafts_follow_in} & STOCK.graph_modes)
+        Configuration(min(3, STOCK.max_draft_passes), 1, ASYNC, mode, "sync")
+        for mode in sorted(STOCK.drafts_follow_in & STOCK.graph_modes)
+    ),
+    *(
+        (
+            Configuration(3, 1, ASYNC, "FULL_DECODE_ONLY", "uniform"),
+            Configuration(1, 2, False, max(STOCK.drafts_follow_in & STOCK.graph_modes), "uniform"),
+        )
+        if STOCK.uniform_with_drafts
+        else ()
     ),
 )
-POSSIBLE = [one for one in COVERING if one.drafts <= STOCK.max_draft_passes and (ASYNC or not one.async_scheduling)]
+POSSIBLE = [
+    one
+    for one in COVERING
+    if one.drafts <= STOCK.max_draft_passes
+    and (ASYNC or not one.async_scheduling)
+    and one.graphs in (*STOCK.graph_modes, "")
+]
 CONFIGURATIONS = [pytest.param(one, id=str(one)) for one in POSSIBLE]
 
 
@@ -131,8 +152,8 @@ def run(folder: Path, model: Path, configuration: Configuration, *more: str) -> 
 
     Returns also the number of steps made for the first.
     """
-    environment = {"VLLM_DISABLE_COMPILE_CACHE": "1"} if configuration.graphs else None
-    node = server(folder, model, [*configuration.arguments(), *more], overlay=True, environment=environment)
+    flags = [*configuration.arguments(), *more]
+    node = server(folder, model, flags, overlay=True, environment=configuration.environment)
     # Not more than 1 + k tokens come out of a step.
     lone, long = seeded((9, LONE_STEPS * (1 + configuration.drafts), 6), IN_PIECES)
     together = seeded(*TOGETHER)
@@ -159,8 +180,9 @@ def compared(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pyte
     configuration: Configuration = request.param
     folder = tmp_path_factory.mktemp(str(configuration))
     skipped, lone_steps = run(folder / "skip", model, configuration)
-    # Stock 0.11.0 mixes graph modes.
-    synced, _ = run(folder / "sync", model, replace(configuration, graphs=""), *REFUSED)
+    # Stock 0.11.0 mixes graph modes. Where every token shall be right, what it is compared with has to be so as well.
+    different = {"async_scheduling": False} if configuration.level == "uniform" else {}
+    synced, _ = run(folder / "sync", model, replace(configuration, graphs="", level="", **different), *REFUSED)
     return Compared(configuration, skipped, synced, lone_steps)
 
 
@@ -172,11 +194,11 @@ def test_tokens_are_equal(compared: Compared) -> None:
 
     A lone request that is prefilled here gets wrong tokens from 0.23.0 too, but always the same: its first step has k
     drafts that do not exist beside the whole prompt, and `update_num_computed_tokens_for_batch_change` takes a step
-    with drafts for one of 1 + k tokens.
+    with drafts for one of 1 + k tokens. Graph level `uniform` does not run into that: all tokens are right with it.
     """
     alone = len(compared.skipped.tokens) - len(TOGETHER)
     varying = compared.configuration.async_scheduling or bool(compared.configuration.graphs)
-    known = slice(alone) if varying else slice(None)
+    known = slice(alone) if varying and compared.configuration.level != "uniform" else slice(None)
     assert compared.skipped.log.count("DSP000 skip") == DP_SIZE
     assert compared.skipped.tokens[known] == compared.synced.tokens[known]
 
@@ -229,7 +251,11 @@ def test_skip_is_ragged_with_the_agreed_bound_and_no_mask(compared: Compared) ->
     sizes = [[event["bs"] for event in skipped.dispatches(rank)] for rank in configuration.ranks]
     # By target pass and draft passes, as they meet.
     assert sum(len(set(together)) > 1 for together in zip(*sizes, strict=True)) > 10
-    assert max(max(one) for one in sizes) == configuration.rows  # a long prompt comes in pieces of the bound
+    largest = max(max(one) for one in sizes)
+    if configuration.level == "uniform":
+        assert largest <= configuration.rows
+    else:
+        assert largest == configuration.rows  # a long prompt comes in pieces of the bound
     assert {event["global_bs"] for one in events for event in one} == {configuration.rows * len(configuration.ranks)}
     assert not any(event["mask"] for one in events for event in one)
 
@@ -239,6 +265,9 @@ def test_every_rank_has_the_same_graph_mode_in_every_call(compared: Compared) ->
     configuration, skipped = compared.configuration, compared.skipped
     first, *others = [[call["mode"] for call in skipped.dispatches(rank)] for rank in configuration.ranks]
     assert all(modes == first for modes in others)
+    if configuration.level == "uniform":
+        assert set(first) == {"graph"}
+        return
     assert ("graph" in first) == bool(configuration.graphs)
     # A rank that prefills has no full graph.
     assert "eager" in first or configuration.graphs not in ("FULL_DECODE_ONLY", "")

@@ -37,6 +37,7 @@ CHANGES = {
     "one token too few again": (False, "num_computed_tokens -= query_len - room", "num_computed_tokens -= 1"),
     "drafts of its own as well": (False, "request.spec_token_ids = []\n", "pass\n"),
     "tokens that are on their way": (True, "if request.num_output_placeholders:\n", "if False:\n"),
+    "a step behind several tokens and drafts": (True, "request.request_id in unsettled", "False"),
     "held for good": (True, "request.num_output_placeholders += count", "pass"),
     "hits before the end": (False, "request.skip_reading_prefix_cache = True", "pass"),
     "KV within the last step": (False, "tokens = 0\n", "pass\n"),
