@@ -53,7 +53,7 @@ _warned: set[str] = set()
 _GRAPH_LEVELS = {
     "one": "",
     "uniform": "; decode batches only, so that every step is a FULL graph: a prompt without remote KV is computed one "
-    "token per step",
+    "token per step (with k drafts, 1 + k)",
     "sync": "; the ranks agree on the graph mode of every step",
 }
 
