@@ -50,9 +50,9 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     # too late for that, so the wrappers pass everything through. require: refuse to start when the skip cannot be on.
     "mode": _choice("auto", "off", "require"),
     # What to do where one rank may run a FULL graph while another runs eager in the same step. uniform: the scheduler
-    # makes decode batches only, a prompt without remote KV is computed one token per step, or 1 + k with k drafts. sync:
-    # an all_reduce of one int in each step, all ranks use the lowest mode of them. refuse: no skip. auto: the first one
-    # that is possible.
+    # makes decode batches only, a prompt without remote KV is computed one token per step, or 1 + k with k drafts.
+    # sync: an all_reduce of one int in each step, all ranks use the lowest mode of them. refuse: no skip. auto: the
+    # first one that is possible.
     "graph_mode": _choice("auto", "uniform", "sync", "refuse"),
     # How long the ranks wait for each other at start-up.
     "agreement_timeout_s": _seconds,

@@ -62,16 +62,23 @@ class Server:
     ledger: Path
 
     def complete(
-        self, prompt: list[int], max_tokens: int, timeout_s: float = 120, rank: int | None = None
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        timeout_s: float = 120,
+        rank: int | None = None,
+        sampling: dict[str, Any] | None = None,
     ) -> list[int]:
         """Greedy completion of token ids; returns exactly max_tokens ids. Raises httpx.HTTPError.
 
         Args:
             rank: the DP rank that is to answer, instead of the least busy one; 0.11.0 does not look at it.
+            sampling: parameters of vLLM's completions API; not greedy then, if it has a temperature.
         """
         body = {
             **{"model": "toy", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0},
             **{"ignore_eos": True, "return_token_ids": True},
+            **(sampling or {}),
         }
         headers = {} if rank is None else {"X-data-parallel-rank": str(rank)}
         url = f"{self.url}/v1/completions"

@@ -8,9 +8,11 @@ decode node, so they are prefilled there in pieces, between decode steps with dr
 from __future__ import annotations
 
 import json
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -18,6 +20,7 @@ from demo import Cluster
 from launched_ranks import MAX_NUM_SEQS, VOTE_EVERY, read_ranks, server, wait_until_idle
 from load import LoadRequest
 from node_runs import DP2, REFUSED, Run, graph_flags, make_prompts, seeded
+from scipy.stats import chi2_contingency
 from serve_node import PrefillDecodePair, Rank
 from toy_deepseek import LAYERS, write_toy_deepseek
 
@@ -47,6 +50,11 @@ BURSTS = (
 # From the second draft pass on stock 0.11.0 takes the slot behind the last one, which may be in another request's block
 # or, as there are few here, behind the cache (`MtpProposer._propose`: slot_mapping += 1).
 HANDED_OVER_DRAFTS = 1 if STOCK.vllm_ascend == "0.11.0" else min(3, STOCK.max_draft_passes)
+# Four tokens to draw from, one of which is what a request without drafts of its own is filled up with; prompts of
+# which the last piece has one and two tokens.
+SAMPLING: dict[str, Any] = {"temperature": 2.0, "allowed_token_ids": [0, 5, 9, 200]}
+SAMPLED, SAMPLED_TOKENS = 300, 3
+SAMPLED_PROMPTS = ((9, SAMPLED_TOKENS, 6), (10, SAMPLED_TOKENS, 7))
 MORE = 32  # tokens that keep those of one rank together for a while; they are not compared
 
 
@@ -133,6 +141,9 @@ POSSIBLE = [
 CONFIGURATIONS = [pytest.param(one, id=str(one)) for one in POSSIBLE]
 
 
+Drawn = list[list[tuple[int, ...]]]  # for each of the prompts, what was drawn
+
+
 @dataclass(frozen=True)
 class Compared:
     configuration: Configuration
@@ -140,6 +151,7 @@ class Compared:
     synced: Run
     # Steps of the run with the skip before a second request came: rank 0 has one request, or a dummy like rank 1.
     lone_steps: int
+    drawn: tuple[Drawn, Drawn]  # in both runs, with graph level `uniform`
 
 
 @pytest.fixture(scope="module")
@@ -147,8 +159,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_toy_deepseek(tmp_path_factory.mktemp("model"))
 
 
-def run(folder: Path, model: Path, configuration: Configuration, *more: str) -> tuple[Run, int]:
-    """A prompt for rank 0 while rank 1 is idle, a long one for rank 1 while rank 0 is, then several at once.
+def run(
+    folder: Path, model: Path, configuration: Configuration, *more: str, sampled: int = 0
+) -> tuple[Run, int, Drawn]:
+    """A prompt for rank 0 while rank 1 is idle, a long one for rank 1 while rank 0 is, then several at once; then
+    `sampled` requests for each of the prompts for that.
 
     Returns also the number of steps made for the first.
     """
@@ -171,19 +186,35 @@ def run(folder: Path, model: Path, configuration: Configuration, *more: str) -> 
             ]
             tokens += [answer.result() for answer in answers]
         wait_until_idle([node])
+        with ThreadPoolExecutor(2 * MAX_NUM_SEQS) as pool:
+            drawn = [
+                list(pool.map(lambda _, one=one: tuple(node.complete(*one, sampling=SAMPLING)), range(sampled)))
+                for one in seeded(*SAMPLED_PROMPTS)
+            ]
+        wait_until_idle([node])
         cluster.check()
-    return Run(tokens, read_ranks([node]), node.log), lone_steps
+    return Run(tokens, read_ranks([node]), node.log), lone_steps, drawn
 
 
 @pytest.fixture(scope="module", params=CONFIGURATIONS)
 def compared(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Compared:
     configuration: Configuration = request.param
     folder = tmp_path_factory.mktemp(str(configuration))
-    skipped, lone_steps = run(folder / "skip", model, configuration)
+    sampled = SAMPLED if configuration.level == "uniform" else 0
+    skipped, lone_steps, drawn = run(folder / "skip", model, configuration, sampled=sampled)
     # Stock 0.11.0 mixes graph modes. Where every token shall be right, what it is compared with has to be so as well.
     different = {"async_scheduling": False} if configuration.level == "uniform" else {}
-    synced, _ = run(folder / "sync", model, replace(configuration, graphs="", level="", **different), *REFUSED)
-    return Compared(configuration, skipped, synced, lone_steps)
+    reference = replace(configuration, graphs="", level="", **different)
+    synced, _, also_drawn = run(folder / "sync", model, reference, *REFUSED, sampled=sampled)
+    return Compared(configuration, skipped, synced, lone_steps, (drawn, also_drawn))
+
+
+def assert_same_distribution(ours: list[tuple[int, ...]], theirs: list[tuple[int, ...]]) -> None:
+    """Of the token at each place, by a chi-square test; of 10,000 such checks one fails by chance."""
+    for place in range(SAMPLED_TOKENS):
+        counts = [Counter(tokens[place] for tokens in drawn) for drawn in (ours, theirs)]
+        table = [[count[token] for token in SAMPLING["allowed_token_ids"]] for count in counts]
+        assert chi2_contingency(table).pvalue > 1e-4, (place, table)
 
 
 def test_tokens_are_equal(compared: Compared) -> None:
@@ -201,6 +232,9 @@ def test_tokens_are_equal(compared: Compared) -> None:
     known = slice(alone) if varying and compared.configuration.level != "uniform" else slice(None)
     assert compared.skipped.log.count("DSP000 skip") == DP_SIZE
     assert compared.skipped.tokens[known] == compared.synced.tokens[known]
+    # The first token is drawn against a draft that nobody has proposed, the others against those of MTP.
+    for ours, theirs in zip(*compared.drawn, strict=True):
+        assert_same_distribution(ours, theirs)
 
 
 def test_skip_has_no_collective_in_target_and_draft_passes(compared: Compared) -> None:
