@@ -55,21 +55,7 @@ def _keep_uniform(scheduler: Any, query_len: int) -> None:
     `max_model_len`. From 0.18.0 on the recompute scheduler itself gives placeholder drafts to a request that comes from
     the prefill node; only near `max_model_len` it has none (or, on 0.18.0, goes beyond).
     """
-    add_request, receive, schedule = (
-        scheduler.add_request,
-        scheduler._update_waiting_for_remote_kv,
-        scheduler.schedule,
-    )
-
-    def is_long(request: Any) -> bool:
-        """Whether there may be no room for drafts beside what a hit in a cache leaves of its prompt."""
-        too_long: bool = request.num_tokens + query_len > scheduler.max_model_len
-        return too_long
-
-    def add(request: Any) -> None:
-        if is_long(request):
-            request.skip_reading_prefix_cache = True
-        add_request(request)
+    receive, schedule = scheduler._update_waiting_for_remote_kv, scheduler.schedule
 
     def received(request: Any) -> None:
         receive(request)
@@ -100,7 +86,7 @@ def _keep_uniform(scheduler: Any, query_len: int) -> None:
         unsettled.update(name for name in drafts if counts[name] - len(drafts[name]) > 1)
         return output
 
-    scheduler.add_request, scheduler._update_waiting_for_remote_kv, scheduler.schedule = add, received, scheduled
+    scheduler._update_waiting_for_remote_kv, scheduler.schedule = received, scheduled
     connector = scheduler.connector  # a node with kv_role has one
     match, allocate = connector.get_num_new_matched_tokens, connector.update_state_after_alloc
     hit = 0  # tokens of the request that stock looks at
@@ -108,8 +94,8 @@ def _keep_uniform(scheduler: Any, query_len: int) -> None:
     def matched(request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         nonlocal hit
         tokens, load_kv_async = match(request, num_computed_tokens)
-        if tokens and not load_kv_async and is_long(request):
-            tokens = 0
+        if tokens and not load_kv_async and request.num_tokens + query_len > scheduler.max_model_len:
+            tokens = 0  # else a few would be left, with no room for drafts, and nothing to fill them up with
         hit = num_computed_tokens + (tokens or 0)
         return tokens, load_kv_async
 
@@ -138,7 +124,6 @@ def _fill_up(request: Any, query_len: int, max_model_len: int) -> bool:
             return False
         request.num_computed_tokens -= query_len - room
         left += query_len - room
-        request.spec_token_ids = []
     lacking = query_len - left - len(request.spec_token_ids)
     if lacking > 0:
         # Of a grammar's request, as stock does it: the grammar is not asked about it.

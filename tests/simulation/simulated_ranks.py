@@ -184,7 +184,6 @@ class Request:
     num_output_placeholders: int = 0
     request_id: str = ""
     use_structured_output: bool = False
-    skip_reading_prefix_cache: bool = False
 
     @property
     def num_tokens_with_spec(self) -> int:
@@ -201,7 +200,8 @@ ARRIVALS: dict[str, Callable[[Facts], list[Request]]] = {
     # The KV of all tokens but the last has come from the prefill node; no drafts yet.
     "hand-off": lambda facts: [Request(9, 8, 3)],
     "full house": lambda facts: [Request(9, 8, 2) for _ in range(facts.max_num_seqs)],
-    # Without remote KV, in a step that fits, and in one that does not.
+    # Without remote KV: as long as a decode step with drafts, in a step that fits, and in one that does not.
+    "one token": lambda facts: [Request(1, 0, 2)],
     "short prompt": lambda facts: [Request(3, 0, 2)],
     "long prompt": lambda facts: [Request(MAX_MODEL_LEN - 8, 0, 2)],
     # No room for all drafts.

@@ -122,7 +122,7 @@ def separate(mode: str = "FULL_DECODE_ONLY", drafts: int = 0, **changes: Any) ->
         (separate(), ["uniform", "sync"]),
         (separate("FULL_AND_PIECEWISE"), ["uniform", "sync"]),
         (separate(drafts=2), ["sync"]),
-        (separate(drafts=2, uniform_with_drafts=True, captures=[16, 48]), ["uniform", "sync"]),
+        (separate(drafts=2, uniform_with_drafts=True), ["uniform", "sync"]),
         (separate(graph_mode_known=False), []),
         (separate(drafts_follow_graph_mode=False), ["uniform", "sync"]),
         (separate(drafts_follow_graph_mode=False, drafts=1), []),

@@ -8,6 +8,7 @@ The result of the last run of each version is kept in last_matrix.json; README's
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import re
@@ -54,13 +55,21 @@ _EVERYWHERE = ("tests/unit", "tests/stock", "tests/versions", "tests/virtual_npu
 
 
 def fingerprint(entry: stock.Stock) -> str:
-    """Of what the overlay says about a version: the row in stock.py, and the patch points with their signatures."""
+    """Of what the overlay says about a version: the row in stock.py, and the patch points with their signatures.
+
+    A field that the row leaves at its default is not part of it, so that one that is new does not concern the others.
+    """
     points = [
         (point.target, point.signature, point.wrapper.__name__)
         for unit in TRIGGERS
         for point in points_of(unit, entry.vllm_ascend)
     ]
-    row = [(name, sorted(value) if isinstance(value, frozenset) else value) for name, value in vars(entry).items()]
+    defaults = {field.name: field.default for field in dataclasses.fields(entry)}
+    row = [
+        (name, sorted(value) if isinstance(value, frozenset) else value)
+        for name, value in vars(entry).items()
+        if value != defaults[name]
+    ]
     return hashlib.sha256(json.dumps([row, points]).encode()).hexdigest()[:16]
 
 

@@ -33,7 +33,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from dp_sync_patch.patches import scheduler_bound
 
-MAX_MODEL_LEN, MAX_NUM_SEQS, BLOCK_SIZE = 48, 4, 8
+MAX_MODEL_LEN, MAX_NUM_SEQS, BLOCK_SIZE = 48, 4, 4
 VOCAB = 5  # few enough for a token of no meaning to be right at times
 
 
@@ -82,7 +82,9 @@ class Sequence:
     tokens: list[int]  # prompt and output, known on the device at once
     kv: dict[int, int] = field(default_factory=dict)  # position -> token
     drafts: list[int] = field(default_factory=list)  # for its next step
-    placed: int = 0  # position behind the accepted tokens of its last step, as the worker of 0.23.0 counts it
+    # Behind the accepted tokens of its last step, if that had drafts, as the worker of 0.23.0 counts: the number from
+    # the host is too high then.
+    placed: int | None = None
 
 
 class Play:
@@ -93,7 +95,7 @@ class Play:
         self.query_len = query_len
         self.asynchronous = config.scheduler_config.async_scheduling
         few = self.random.random() < 0.3
-        blocks = 1 + (self.random.randint(8, 14) if few else 64)
+        blocks = 1 + (self.random.randint(16, 28) if few else 128)
         spec = FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=1, dtype=torch.float16)
         config.cache_config.num_gpu_blocks = blocks
         self.scheduler = config.scheduler_config.get_scheduler_cls()(
@@ -174,6 +176,7 @@ class Play:
         """One step of the worker."""
         computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
         for name, count in computed.items():
+            self.happened["hits"] += name not in self.received and 0 < count < len(self.sequences[name].prompt) - 1
             # What a cache of the node has of it, or comes within this step.
             self.sequences[name].kv |= dict(enumerate(self.sequences[name].prompt[:count]))
         cached = output.scheduled_cached_reqs
@@ -204,7 +207,7 @@ class Play:
     def _compute(self, name: str, computed: int, count: int, drafts: list[int]) -> list[int]:
         sequence = self.sequences[name]
         follows = self.asynchronous and name in self.last_step
-        if follows:
+        if follows and sequence.placed is not None:
             computed = sequence.placed
             if drafts and sequence.drafts:
                 drafts = [*sequence.drafts, *drafts[len(sequence.drafts) :]][: len(drafts)]
@@ -221,7 +224,7 @@ class Play:
         if computed + count > room:
             raise Wrong(f"request {name} has blocks for {room} tokens, and computes up to {computed + count}")
         sequence.kv |= {computed + place: token for place, token in enumerate(given)}
-        sequence.placed, sequence.drafts = computed + count, []
+        sequence.placed, sequence.drafts = None, []
         if computed + count < known:
             self.happened["pieces"] += 1
             return []
@@ -284,8 +287,12 @@ def configuration(model: str, drafts: int, asynchronous: bool) -> Any:
     transfer = {"kv_connector": "PlayConnector", "kv_connector_module_path": __name__, "kv_role": "kv_consumer"}
     words = [
         *("--model", model, "--data-parallel-size", "2", "--enable-expert-parallel", "--enforce-eager"),
-        *("--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", str(MAX_NUM_SEQS), "--max-num-batched-tokens", "64"),
-        *("--skip-tokenizer-init", "--async-scheduling" if asynchronous else "--no-async-scheduling"),
+        *("--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", str(MAX_NUM_SEQS), "--max-num-batched-tokens", "15"),
+        *(
+            "--enable-prefix-caching",
+            "--skip-tokenizer-init",
+            "--async-scheduling" if asynchronous else "--no-async-scheduling",
+        ),
         *("--kv-transfer-config", json.dumps(transfer)),
         *("--speculative-config", json.dumps({"method": "mtp", "num_speculative_tokens": drafts})),
         *("--additional-config", json.dumps({"recompute_scheduler_enable": True})),

@@ -25,8 +25,9 @@ PLAYS = {
     "a grammar throws drafts out": {"drafts": 3, "asynchronous": False, "seeds": 200, "grammar": True},
 }
 # What must have happened in a play for it to prove something.
-SEEN = ("KV between steps", "KV within a step", "without remote KV", "pieces", "accepted", "filled")
+SEEN = ("KV between steps", "KV within a step", "without remote KV", "hits", "pieces", "accepted", "filled")
 SEEN += ("ended at max_model_len", "given up", "handed back", "finished")
+RECEIVED, FILLED = "        receive(request)", "        _fill_up(request, query_len, scheduler.max_model_len)"
 # One difference in the overlay that must be noticed, and whether with async scheduling: the text, and what is there
 # instead.
 CHANGES = {
@@ -35,13 +36,11 @@ CHANGES = {
     "no drafts for the last piece": (False, "[*request.spec_token_ids, *[token] * lacking]", "request.spec_token_ids"),
     "drafts beyond the end": (False, "if room < query_len:", "if False:"),
     "one token too few again": (False, "num_computed_tokens -= query_len - room", "num_computed_tokens -= 1"),
-    "drafts of its own as well": (False, "request.spec_token_ids = []\n", "pass\n"),
     "tokens that are on their way": (True, "if request.num_output_placeholders:\n", "if False:\n"),
     "a step behind several tokens and drafts": (True, "request.request_id in unsettled", "False"),
     "held for good": (True, "request.num_output_placeholders += count", "pass"),
-    "hits before the end": (False, "request.skip_reading_prefix_cache = True", "pass"),
-    "KV within the last step": (False, "tokens = 0\n", "pass\n"),
-    "KV before the last step": (False, "receive(request)\n        _fill_up(request, ", "receive(request)\n        id("),
+    "KV within the last step": (False, "tokens = 0  #", "pass  #"),
+    "KV before the last step": (False, f"{RECEIVED}\n{FILLED}", RECEIVED),
     "drafts counted as if nothing were computed": (False, "num_computed_tokens or hit", "num_computed_tokens"),
 }
 
