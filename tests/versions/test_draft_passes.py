@@ -319,12 +319,13 @@ STATES: dict[str, tuple[bool, dict[str, str]]] = {
 }
 
 
-def near_the_limit(folder: Path, model: Path, state: str) -> Run:
+def near_the_limit(folder: Path, model: Path, state: str, configuration: Configuration = AT_THE_LIMIT) -> Run:
     """Rank 0 decodes up to max_model_len while rank 1 is idle; then three prompts of about that length."""
     overlay, environment = STATES[state]
-    sizes = ["--max-model-len", str(LIMIT), "--max-num-batched-tokens", str(STEP)]
-    sizes += ["--max-num-seqs", str(STEP // (1 + AT_THE_LIMIT.drafts))]
-    flags = [*AT_THE_LIMIT.arguments(), *sizes]
+    requests = MAX_NUM_SEQS if configuration.graphs else STEP // (1 + configuration.drafts)
+    sizes = ["--max-model-len", str(LIMIT), "--max-num-batched-tokens", str(STEP), "--max-num-seqs", str(requests)]
+    flags = [*configuration.arguments(), *sizes]
+    environment = {**environment, **configuration.environment}
     node = server(folder / state, model, flags, overlay=overlay, environment=environment)
     alone, *together = make_prompts(((LIMIT - 6, 6), (LIMIT - 1, 1), (LIMIT - 3, 3), (LIMIT - 4, 4)), seed=8)
     with Cluster() as cluster:
@@ -378,24 +379,52 @@ def test_field_case_23_as_stock_does_it(skipped_at_the_limit: Run, model: Path, 
     assert run.tokens[0] == skipped_at_the_limit.tokens[0]  # that of the request that was alone
 
 
+if STOCK.uniform_with_drafts:
+
+    @pytest.mark.parametrize("asynchronous", [False, True], ids=lambda value: f"async_{value}")
+    def test_field_case_23_with_decode_batches_only(model: Path, tmp_path: Path, asynchronous: bool) -> None:
+        """Where there is no room for drafts, some tokens are computed once more instead."""
+        configuration = Configuration(AT_THE_LIMIT.drafts, 1, asynchronous, "FULL_DECODE_ONLY", "uniform")
+        run = near_the_limit(tmp_path, model, "skip", configuration)
+        _check_field_case_23(run, 0)
+        for rank in configuration.ranks:
+            assert {call["mode"] for call in run.dispatches(rank)} == {"graph"}
+            assert {tokens % (1 + configuration.drafts) for tokens in run.scheduled(rank).values()} == {0}
+        reference = near_the_limit(tmp_path, model, "sync", replace(AT_THE_LIMIT, async_scheduling=False))
+        assert run.tokens == reference.tokens
+
+
 @dataclass(frozen=True)
 class HandedOver:
     """Runs of a decode node behind a prefill node; `resubmitted`: requests that it gave back to be prefilled again."""
 
+    configuration: Configuration
     skipped: tuple[list[list[int]], list[Rank]]
     synced: tuple[list[list[int]], list[Rank]]
     resubmitted: list[int]
-    async_scheduling: bool
 
 
-@pytest.fixture(scope="module", params=[False, True] if ASYNC else [False], ids=lambda value: f"async_{value}")
+HANDED_OVER = [
+    Configuration(HANDED_OVER_DRAFTS, 1, False),
+    *([Configuration(HANDED_OVER_DRAFTS, 1, True)] if ASYNC else []),
+    *(
+        Configuration(HANDED_OVER_DRAFTS, 1, asynchronous, "FULL_DECODE_ONLY", "uniform")
+        for asynchronous in ((False, True) if STOCK.uniform_with_drafts else ())
+    ),
+]
+
+
+@pytest.fixture(scope="module", params=HANDED_OVER, ids=str)
 def handed_over(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> HandedOver:
     """A decode node with three KV blocks for each rank: two requests of a rank soon need more than that.
 
     No more than three requests at a time. One whose KV has been loaded keeps its block while it waits for the next one,
     and stock takes it away from none: as many of them as there are blocks wait for ever.
     """
-    configuration = Configuration(HANDED_OVER_DRAFTS, 1, request.param)
+    configuration: Configuration = request.param
+    reference = replace(configuration, graphs="", level="")
+    if configuration.level:
+        reference = replace(reference, async_scheduling=False)
     wanted = seeded(ALONE, *BURSTS)
     prompts = [LoadRequest(index, 0.0, prompt, count + MORE) for index, (prompt, count) in enumerate(wanted)]
     loads = [prompts[:1], *(prompts[first : first + 3] for first in range(1, len(prompts), 3))]
@@ -405,21 +434,23 @@ def handed_over(request: pytest.FixtureRequest, model: Path, tmp_path_factory: p
     found, resubmitted = [], []
     with Cluster() as cluster:
         pair = PrefillDecodePair(cluster, folder, model, ["--num-gpu-blocks-override", "64"], prefill)
-        for name, more in (("skip", ()), ("sync", REFUSED)):
-            flags = [*configuration.arguments(), "--num-gpu-blocks-override", "4", "--max-num-batched-tokens", "64"]
-            with pair.decode_node(name, [*flags, *more], overlay=True) as node:
+        for name, one, more in (("skip", configuration, ()), ("sync", reference, REFUSED)):
+            flags = [*one.arguments(), "--num-gpu-blocks-override", "4", "--max-num-batched-tokens", "64"]
+            with pair.decode_node(name, [*flags, *more], overlay=True, environment=one.environment) as node:
                 answers = [answer for load in loads for answer in node.send(load)]
                 node.wait_until_idle()
                 resubmitted.append(httpx.get(f"{node.proxy_url}/health", trust_env=False).json()["resubmitted"])
             tokens = [answer[:count] for answer, (_, count) in zip(answers, wanted, strict=True)]
             found.append((tokens, node.ranks()))
-    return HandedOver(*found, resubmitted, request.param)
+    return HandedOver(configuration, *found, resubmitted)
 
 
 def test_requests_with_remote_kv_and_given_back_for_it(handed_over: HandedOver) -> None:
     """The first step of a request with remote KV has its last prompt token, and drafts that nobody has made."""
     (skipped, ranks), (synced, synced_ranks) = handed_over.skipped, handed_over.synced
-    known = slice(1) if handed_over.async_scheduling else slice(None)  # see test_tokens_are_equal
+    configuration = handed_over.configuration
+    varying = configuration.async_scheduling and not configuration.level  # see test_tokens_are_equal
+    known = slice(1) if varying else slice(None)
     assert skipped[known] == synced[known]
     first, both = handed_over.resubmitted
     assert 0 < first < both
