@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 from demo import Cluster
-from launched_ranks import MAX_NUM_SEQS, VOTE_EVERY, read_ranks, server, wait_until_idle
+from launched_ranks import MAX_NUM_SEQS, VOTE_EVERY, Server, read_ranks, server, wait_until_idle
 from load import LoadRequest
 from node_runs import DP2, REFUSED, Run, graph_flags, make_prompts, seeded
 from scipy.stats import chi2_contingency
@@ -151,7 +151,7 @@ class Compared:
     synced: Run
     # Steps of the run with the skip before a second request came: rank 0 has one request, or a dummy like rank 1.
     lone_steps: int
-    drawn: tuple[Drawn, Drawn]  # in both runs, with graph level `uniform`
+    drawn: tuple[Drawn, Drawn]  # with graph level `uniform`: with the skip, and by a node without drafts
 
 
 @pytest.fixture(scope="module")
@@ -186,27 +186,42 @@ def run(
             ]
             tokens += [answer.result() for answer in answers]
         wait_until_idle([node])
-        with ThreadPoolExecutor(2 * MAX_NUM_SEQS) as pool:
-            drawn = [
-                list(pool.map(lambda _, one=one: tuple(node.complete(*one, sampling=SAMPLING)), range(sampled)))
-                for one in seeded(*SAMPLED_PROMPTS)
-            ]
+        drawn = draw(node, sampled)
         wait_until_idle([node])
         cluster.check()
     return Run(tokens, read_ranks([node]), node.log), lone_steps, drawn
+
+
+def draw(node: Server, count: int) -> Drawn:
+    with ThreadPoolExecutor(2 * MAX_NUM_SEQS) as pool:
+        return [
+            list(pool.map(lambda _, one=one: tuple(node.complete(*one, sampling=SAMPLING)), range(count)))
+            for one in seeded(*SAMPLED_PROMPTS)
+        ]
+
+
+def draw_without_drafts(folder: Path, model: Path) -> Drawn:
+    """What the target model says by itself."""
+    node = server(folder, model, [*DP2, *REFUSED], overlay=True)
+    with Cluster() as cluster:
+        cluster.start(node.process)
+        cluster.wait_until_ready({node.process: f"{node.url}/health"})
+        drawn = draw(node, SAMPLED)
+        cluster.check()
+    return drawn
 
 
 @pytest.fixture(scope="module", params=CONFIGURATIONS)
 def compared(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Compared:
     configuration: Configuration = request.param
     folder = tmp_path_factory.mktemp(str(configuration))
-    sampled = SAMPLED if configuration.level == "uniform" else 0
-    skipped, lone_steps, drawn = run(folder / "skip", model, configuration, sampled=sampled)
+    uniform = configuration.level == "uniform"
+    skipped, lone_steps, drawn = run(folder / "skip", model, configuration, sampled=SAMPLED if uniform else 0)
     # Stock 0.11.0 mixes graph modes. Where every token shall be right, what it is compared with has to be so as well.
-    different = {"async_scheduling": False} if configuration.level == "uniform" else {}
-    reference = replace(configuration, graphs="", level="", **different)
-    synced, _, also_drawn = run(folder / "sync", model, reference, *REFUSED, sampled=sampled)
-    return Compared(configuration, skipped, synced, lone_steps, (drawn, also_drawn))
+    different = {"async_scheduling": False} if uniform else {}
+    synced, _, nothing = run(folder / "sync", model, replace(configuration, graphs="", level="", **different), *REFUSED)
+    expected = draw_without_drafts(folder / "without_drafts", model) if uniform else nothing
+    return Compared(configuration, skipped, synced, lone_steps, (drawn, expected))
 
 
 def assert_same_distribution(ours: list[tuple[int, ...]], theirs: list[tuple[int, ...]]) -> None:
