@@ -202,7 +202,8 @@ def read(
         max_draft_passes=stock.max_draft_passes,
         graph_mode=graph_mode,
         graph_mode_known=graph_mode in stock.graph_modes,
-        drafts_follow_graph_mode=graph_mode in stock.drafts_follow_in,
+        drafts_follow_graph_mode=graph_mode in stock.drafts_follow_in
+        and (bool(scheduler.async_scheduling) or not stock.drafts_follow_with_async_only),
         uniform_with_drafts=stock.uniform_with_drafts and not (model.is_multimodal_model or model.is_hybrid),
         separate_routines=uses_graphs and compilation.cudagraph_mode.separate_routine(),
         # Stock keeps this list in falling order, but reads entry 0 as the largest wherever a user gave it.

@@ -42,8 +42,10 @@ class Stock:
     a2_max_local_experts: int
     # Model types whose communication method is hard-wired to something else than MC2.
     models_without_mc2: frozenset[str]
-    # Whether graph level `uniform` goes with drafts. Below, the recompute scheduler has none for a request in its first
-    # step here; a wrapper could not add them.
+    # Without async scheduling the drafter has graphs of its own here, which have not been run.
+    drafts_follow_with_async_only: bool = False
+    # Whether graph level `uniform` goes with drafts. Up to 0.13.0 the recompute scheduler has none for a request in its
+    # first step here, and a wrapper could not add them; on 0.18.0 some tokens of such runs were others than in `sync`.
     uniform_with_drafts: bool = False
 
     def reads(self, option: str) -> bool:
@@ -99,8 +101,8 @@ _0_18_0 = replace(
     vllm_ascend="0.18.0",
     max_draft_passes=_ANY,  # no longer dependent on what is in the batch
     drafts_follow_in=frozenset({"FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"}),
+    drafts_follow_with_async_only=True,
     a2_max_local_experts=24,
-    uniform_with_drafts=True,
 )
 _0_23_0 = replace(
     _0_18_0,
@@ -108,6 +110,8 @@ _0_23_0 = replace(
     vllm_ascend="0.23.0",
     # The default; versions before make PIECEWISE of it.
     graph_modes=frozenset({"NONE", "PIECEWISE", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"}),
+    drafts_follow_with_async_only=False,
+    uniform_with_drafts=True,
 )
 KNOWN = (_0_11_0, _0_12_0rc1, _0_13_0, _0_18_0, _0_23_0)
 

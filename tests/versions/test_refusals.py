@@ -125,6 +125,10 @@ CASES = [case for case in (
          flags=graphs("FULL_DECODE_ONLY"), environ={"DP_SYNC_PATCH_GRAPH_MODE": "refuse"}),
     Case("separate graph routines and a draft", ("DSP122",), "==0.13.0", found="FULL_DECODE_ONLY", drop=_GRAPHS,
          flags={**graphs("FULL_DECODE_ONLY"), **drafts(1)}, **_DEEPSEEK),
+    Case("separate graph routines that a draft follows", versions=">=0.18.0", drop=_GRAPHS,
+         flags={**graphs("FULL_DECODE_ONLY"), **drafts(1)}, **_DEEPSEEK),
+    Case("separate graph routines and a draft with its own", ("DSP122",), "==0.18.0", found="FULL_DECODE_ONLY",
+         drop=_GRAPHS, flags={**graphs("FULL_DECODE_ONLY"), **drafts(1), "--no-async-scheduling": None}, **_DEEPSEEK),
     # Features whose collectives have the shape of the local batch, or that change the sequence of operators.
     Case("xlite", ("DSP130",), found="xlite_worker.XliteWorker", flags={"--block-size": 128},
          additional={"xlite_graph_config": {"enabled": True}}),
