@@ -124,7 +124,7 @@ def test_batches_that_are_made_uniform_need_no_collective(baseline: Baseline, tm
 @pytest.mark.long
 def test_a_batch_that_is_not_uniform_ends_its_rank(baseline: Baseline, tmp_path: Path) -> None:
     """As where the scheduler's limit is undone: the prompt, padded to 8 tokens, would run eagerly, beside a graph."""
-    text = "scheduler.scheduler_config.long_prefill_token_threshold = 1"
+    text = "scheduler.scheduler_config.long_prefill_token_threshold = query_len"
     changed = changed_overlay(tmp_path / "copy", "patches/scheduler_bound.py", text, "pass")
     overlay = node(tmp_path, baseline, "FULL_DECODE_ONLY", changed | {"VIRTUAL_NPU_TIMEOUT_S": "8"}, overlay=True)
     with Cluster() as cluster:
