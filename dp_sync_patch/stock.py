@@ -36,12 +36,12 @@ class Stock:
     max_draft_passes: int
     # Graph modes (names of CUDAGraphMode) for which the padded bound and the captures of this version were worked out.
     graph_modes: frozenset[str]
-    # Graph modes in which draft passes have the same mode on all ranks once the target passes have.
-    drafts_follow_in: frozenset[str]
     # Experts of one rank above which the A2 leaves MC2; 0: no such limit.
     a2_max_local_experts: int
     # Model types whose communication method is hard-wired to something else than MC2.
     models_without_mc2: frozenset[str]
+    # Graph modes in which draft passes have the same mode on all ranks once the target passes have.
+    drafts_follow_in: frozenset[str] = frozenset()
     # Without async scheduling the drafter has graphs of its own here, which have not been run.
     drafts_follow_with_async_only: bool = False
     # Whether graph level `uniform` goes with drafts. Up to 0.13.0 the recompute scheduler has none for a request in its
@@ -71,9 +71,9 @@ _0_11_0 = Stock(
     speculative_methods=frozenset({"deepseek_mtp"}),
     max_draft_passes=_ANY,  # with `level_draft_passes`
     graph_modes=frozenset({"NONE", "PIECEWISE", "FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"}),
-    drafts_follow_in=frozenset({"FULL_DECODE_ONLY"}),  # else drafts of an idle rank are in no graph, and others are
     a2_max_local_experts=0,
     models_without_mc2=frozenset({"PanguProMoE"}),
+    drafts_follow_in=frozenset({"FULL_DECODE_ONLY"}),  # else drafts of an idle rank are in no graph, and others are
 )
 _0_12_0rc1 = replace(
     _0_11_0,
@@ -100,9 +100,9 @@ _0_18_0 = replace(
     vllm="0.18.0",
     vllm_ascend="0.18.0",
     max_draft_passes=_ANY,  # no longer dependent on what is in the batch
+    a2_max_local_experts=24,
     drafts_follow_in=frozenset({"FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"}),
     drafts_follow_with_async_only=True,
-    a2_max_local_experts=24,
 )
 _0_23_0 = replace(
     _0_18_0,
