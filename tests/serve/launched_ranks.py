@@ -75,6 +75,20 @@ class Server:
             rank: the DP rank that is to answer, instead of the least busy one; 0.11.0 does not look at it.
             sampling: parameters of vLLM's completions API; not greedy then, if it has a temperature.
         """
+        return self._complete(prompt, max_tokens, timeout_s, rank, sampling)[0]
+
+    def complete_together(self, prompts: list[list[int]], max_tokens: int, rank: int | None = None) -> list[list[int]]:
+        """As one request: a rank has all of them at the same time, however busy the machine is."""
+        return self._complete(prompts, max_tokens, 120, rank, None)
+
+    def _complete(
+        self,
+        prompt: list[int] | list[list[int]],
+        max_tokens: int,
+        timeout_s: float,
+        rank: int | None,
+        sampling: dict[str, Any] | None,
+    ) -> list[list[int]]:
         body = {
             **{"model": "toy", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0},
             **{"ignore_eos": True, "return_token_ids": True},
@@ -84,8 +98,7 @@ class Server:
         url = f"{self.url}/v1/completions"
         response = httpx.post(url, json=body, headers=headers, timeout=timeout_s, trust_env=False)
         response.raise_for_status()
-        token_ids: list[int] = response.json()["choices"][0]["token_ids"]
-        return token_ids
+        return [choice["token_ids"] for choice in response.json()["choices"]]
 
     @property
     def log(self) -> str:

@@ -13,12 +13,15 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain, groupby
 from pathlib import Path
 
 import httpx
 import pytest
 from demo import Cluster
 from launched_ranks import RECOMPUTE, Event, Prompt, Server, read_ranks, server, wait_until_idle
+
+Request = tuple[list[list[int]], int, int | None]  # prompts, tokens to generate for each, DP rank
 
 DP2 = ("--data-parallel-size", "2", "--api-server-count", "1", *RECOMPUTE)
 # Stock does not look at it, the overlay refuses: a prompt with images could then not be scheduled in pieces.
@@ -97,14 +100,21 @@ def seeded(*prompts: tuple[int, int, int]) -> list[Prompt]:
 
 
 def serve(node: Server, prompts: list[Prompt], ranks: Sequence[int] | None = None) -> Run:
-    """One prompt while the other ranks are idle, then all of them at once, each on the rank given for it, if any."""
+    """One prompt while the other ranks are idle, then all of them at once, each on the rank given for it, if any.
+
+    Neighbours with one rank and as many tokens to generate are one request.
+    """
+    if ranks is None:
+        requests: list[Request] = [([prompt], count, None) for prompt, count in prompts]
+    else:
+        placed = groupby(zip(prompts, ranks, strict=True), lambda item: (item[0][1], item[1]))
+        requests = [([prompt for (prompt, _), _ in group], count, rank) for (count, rank), group in placed]
     with Cluster() as cluster:
         cluster.start(node.process)
         cluster.wait_until_ready({node.process: f"{node.url}/health"})
         tokens = [node.complete(*prompts[0])]
-        with ThreadPoolExecutor(len(prompts)) as pool:
-            where = ranks or [None] * len(prompts)
-            tokens += pool.map(lambda prompt, rank: node.complete(*prompt, rank=rank), prompts, where)
+        with ThreadPoolExecutor(len(requests)) as pool:
+            tokens += chain.from_iterable(pool.map(lambda request: node.complete_together(*request), requests))
         wait_until_idle([node])
         cluster.check()
     return Run(tokens, read_ranks([node]), node.log)

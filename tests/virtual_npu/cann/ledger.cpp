@@ -30,7 +30,9 @@ public:
     void event(const std::string& fields) {
         const std::lock_guard<std::mutex> guard(lock_);
         append(fields);
-        if (step_ < 0 || at_exit_ || buffer_.size() >= kBufferBytes) flush();
+        // After a violation, stock may kill the process before it exits.
+        const bool violation = fields.rfind("\"ev\":\"violation\"", 0) == 0;
+        if (violation || step_ < 0 || at_exit_ || buffer_.size() >= kBufferBytes) flush();
     }
 
     void step(int64_t step, const Fields& fields) {

@@ -271,6 +271,7 @@ print("done")
 """
 
 MIXED = """
+import ctypes, pathlib
 fill(0)
 graph, y = capture(lambda: layer(x, ids, weights))
 graph.replay()                                             # both in a graph
@@ -280,7 +281,11 @@ if os.environ["VIRTUAL_NPU_MIXED_MODES"] == "report":
     assert torch.equal(result.cpu(), x.cpu() * 2)
 else:
     other = ["rank 0 runs it in a graph, rank 1 eagerly", "rank 1 runs it eagerly, rank 0 in a graph"][rank]
+    # Within a step, other events are kept back.
+    ctypes.CDLL("libascendcl.so").vnpu_ledger_step(ctypes.c_int64(0), b"execute", ctypes.c_int64(2))
     refused(graph.replay if rank == 0 else lambda: layer(x, ids, weights), f"mixed modes: {other}")
+    ledger, = pathlib.Path(os.environ["VIRTUAL_NPU_LEDGER_DIR"]).iterdir()
+    assert "mixed_modes" in ledger.read_text(), "lost if this process is killed now"
 """
 
 
