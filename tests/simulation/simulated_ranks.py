@@ -70,6 +70,7 @@ STOCK = {
         drafts_in_full_graphs="target",
     ),
 }
+STOCK["0.23.0"] = STOCK["0.18.0"]
 
 
 @dataclass(frozen=True)

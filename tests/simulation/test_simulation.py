@@ -83,9 +83,9 @@ UNIFORM = {
     "0.11.0, two kinds of graphs": graphs("0.11.0", 0, "FULL_AND_PIECEWISE"),
     "0.11.0, graphs of decode batches, TP": graphs("0.11.0", 0, "FULL_DECODE_ONLY", tensor_parallel_size=2),
     "0.18.0, graphs of decode batches": graphs("0.18.0", 0, "FULL_DECODE_ONLY"),
-    "0.18.0, graphs of decode batches and two drafts": graphs("0.18.0", 2, "FULL_DECODE_ONLY"),
-    "0.18.0, two kinds of graphs and two drafts": graphs("0.18.0", 2, "FULL_AND_PIECEWISE"),
-    "0.18.0, graphs of decode batches, one draft, TP": graphs("0.18.0", 1, "FULL_DECODE_ONLY", tensor_parallel_size=2),
+    "0.23.0, graphs of decode batches and two drafts": graphs("0.23.0", 2, "FULL_DECODE_ONLY"),
+    "0.23.0, two kinds of graphs and two drafts": graphs("0.23.0", 2, "FULL_AND_PIECEWISE"),
+    "0.23.0, graphs of decode batches, one draft, TP": graphs("0.23.0", 1, "FULL_DECODE_ONLY", tensor_parallel_size=2),
 }
 SYNCHRONISED = {
     "0.11.0, kv_both": small("0.11.0", 2, kv_role="kv_both"),
@@ -407,9 +407,9 @@ MUTANTS: dict[str, tuple[Any, str, Any, Node]] = {
     "uniform batches with drafts":
         (plan, "_uniform_lacks", _nothing, _uniform(graphs("0.11.0", 2, "FULL_DECODE_ONLY"))),
     "uniform batches with drafts that are not filled up":
-        (scheduler_bound, "_keep_uniform", _nothing, _uniform(graphs("0.18.0", 2, "FULL_DECODE_ONLY"))),
+        (scheduler_bound, "_keep_uniform", _nothing, _uniform(graphs("0.23.0", 2, "FULL_DECODE_ONLY"))),
     "the first piece of a prompt is no decode":
-        (runtime, "step_is_uniform", _never, _uniform(graphs("0.18.0", 2, "FULL_DECODE_ONLY"))),
+        (runtime, "step_is_uniform", _never, _uniform(graphs("0.23.0", 2, "FULL_DECODE_ONLY"))),
     "uniform batches that are larger than stock's graphs of them":
         (plan, "_uniform_lacks", _nothing,
          _uniform(graphs("0.11.0", 0, "FULL_DECODE_ONLY", capture_sizes=(1, 2, 8), mc2_tokens_capacity=8))),
