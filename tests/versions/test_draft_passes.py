@@ -37,8 +37,9 @@ LONE_STEPS = 40  # of a request on rank 0 alone, field case 22
 # Prompt length, tokens to generate and seed; answered at once, by rank 0 and rank 1 in turn. A step holds 16 or 32
 # tokens with the skip and 64 without, so some come in pieces, and MLA adds up the pieces of a prompt in bf16: the two
 # largest logits of a token moved against each other by 1/64 from one cut to another. The seeds are those, out of 40 for
-# each length, whose tokens lead by 5/64 or more; a token that leads by 1/64 comes out differently now and then.
-TOGETHER = ((40, 12, 30), (7, 9, 123), (90, 10, 634), (6, 20, 304), (12, 16, 422), (33, 9, 532))
+# each length, whose tokens lead by 5/64 or more, and came out alike in 37 or more of a draw of batches (on 0.11.0
+# without drafts; 9 of 21 prompts of 90 tokens did not, among them seed 634).
+TOGETHER = ((40, 12, 30), (7, 9, 123), (90, 10, 622), (6, 20, 304), (12, 16, 422), (33, 9, 532))
 IN_PIECES = (90, 10, 605)
 # Behind a prefill node: one is alone; the others arrive three at a time, shortly before they need a second block of 128
 # tokens. What is given back is prefilled with the tokens made so far, whose KV is then rounded in another way.
@@ -235,15 +236,14 @@ def assert_same_distribution(ours: list[tuple[int, ...]], theirs: list[tuple[int
 def test_tokens_are_equal(compared: Compared) -> None:
     """With async scheduling only those of the requests that were alone: there stock, with drafts and the recompute
     scheduler, gives others wrong tokens that depend on what else is in their steps (0.18.0 and 0.23.0, also without the
-    overlay). Without async scheduling the same requests get the same, right tokens on both versions. In graphs 0.11.0
-    does so too: in `sync`, the same prompt of 90 tokens came out in two ways from one run to another.
+    overlay). Without async scheduling the same requests get the same, right tokens on both versions.
 
     A lone request that is prefilled here gets wrong tokens from 0.23.0 too, but always the same: its first step has k
     drafts that do not exist beside the whole prompt, and `update_num_computed_tokens_for_batch_change` takes a step
     with drafts for one of 1 + k tokens. Graph level `uniform` does not run into that: all tokens are right with it.
     """
     alone = len(compared.skipped.tokens) - len(TOGETHER)
-    varying = compared.configuration.async_scheduling or bool(compared.configuration.graphs)
+    varying = compared.configuration.async_scheduling
     known = slice(alone) if varying and compared.configuration.level != "uniform" else slice(None)
     assert compared.skipped.log.count("DSP000 skip") == DP_SIZE
     assert compared.skipped.tokens[known] == compared.synced.tokens[known]
@@ -338,7 +338,11 @@ STATES: dict[str, tuple[bool, dict[str, str]]] = {
 
 
 def near_the_limit(folder: Path, model: Path, state: str, configuration: Configuration = AT_THE_LIMIT) -> Run:
-    """Rank 0 decodes up to max_model_len while rank 1 is idle; then three prompts of about that length."""
+    """Rank 0 decodes up to max_model_len while rank 1 is idle; then three prompts of about that length.
+
+    Beside these rank 0 decodes another one: with drafts the dummy of stock 0.18.0 samples where the last step of its
+    rank has sampled, which after the last piece of a prompt is behind the dummy's tokens.
+    """
     overlay, environment = STATES[state]
     requests = MAX_NUM_SEQS if configuration.graphs else STEP // (1 + configuration.drafts)
     sizes = ["--max-model-len", str(LIMIT), "--max-num-batched-tokens", str(STEP), "--max-num-seqs", str(requests)]
@@ -346,17 +350,19 @@ def near_the_limit(folder: Path, model: Path, state: str, configuration: Configu
     environment = {**environment, **configuration.environment}
     node = server(folder / state, model, flags, overlay=overlay, environment=environment)
     alone, *together = make_prompts(((LIMIT - 6, 6), (LIMIT - 1, 1), (LIMIT - 3, 3), (LIMIT - 4, 4)), seed=8)
+    (beside,) = make_prompts([(5, LIMIT - 5)], seed=9)
     with Cluster() as cluster:
         cluster.start(node.process)
         cluster.wait_until_ready({node.process: f"{node.url}/health"})
         tokens = [node.complete(*alone, timeout_s=300, rank=0)]
         wait_until_idle([node])
-        with ThreadPoolExecutor(len(together)) as pool:
+        with ThreadPoolExecutor(1 + len(together)) as pool:
             answers = [
                 pool.submit(node.complete, *prompt, timeout_s=300, rank=rank)
-                for rank, prompt in zip((0, 1, 0), together, strict=True)
+                for rank, prompt in zip((0, 0, 1, 0), (beside, *together), strict=True)
             ]
-            tokens += [answer.result() for answer in answers]
+            tokens += [answer.result() for answer in answers[1:]]
+            answers[0].result()
         wait_until_idle([node])
         cluster.check()
     return Run(tokens, read_ranks([node]), node.log)
