@@ -70,7 +70,7 @@ STOCK = {
         drafts_in_full_graphs="target",
     ),
 }
-STOCK["0.23.0"] = STOCK["0.18.0"]
+STOCK["0.23.0"] = STOCK["0.18.0"]  # in what is simulated here; the overlay offers more on it, see stock.Stock
 
 
 @dataclass(frozen=True)
