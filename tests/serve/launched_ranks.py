@@ -81,6 +81,15 @@ class Server:
         """As one request: a rank has all of them at the same time, however busy the machine is."""
         return self._complete(prompts, max_tokens, 120, rank, None)
 
+    def leads(self, prompt: list[int], max_tokens: int) -> list[float]:
+        """By how much the logit of each token of the greedy completion is above that of the next likely one."""
+        body = {"model": "toy", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
+        body |= {"ignore_eos": True, "logprobs": 2, "return_tokens_as_token_ids": True}
+        response = httpx.post(f"{self.url}/v1/completions", json=body, timeout=120, trust_env=False)
+        response.raise_for_status()
+        likely = [sorted(top.values()) for top in response.json()["choices"][0]["logprobs"]["top_logprobs"]]
+        return [top[-1] - top[-2] for top in likely]
+
     def _complete(
         self,
         prompt: list[int] | list[list[int]],

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 from demo import Cluster
-from launched_ranks import MAX_NUM_SEQS, VOTE_EVERY, Server, read_ranks, server, wait_until_idle
+from launched_ranks import MAX_NUM_SEQS, VOTE_EVERY, Prompt, Server, read_ranks, server, wait_until_idle
 from load import LoadRequest
 from node_runs import DP2, REFUSED, Run, graph_flags, make_prompts, seeded
 from scipy.stats import chi2_contingency
@@ -33,6 +33,7 @@ DP_SIZE = 2
 (METHOD,) = STOCK.speculative_methods
 # Stock 0.11.0 has no recompute scheduler for async scheduling, and refuses the latter with drafts.
 ASYNC = any(name.endswith("AsyncRecomputeScheduler") for name in STOCK.recompute_schedulers)
+LEAD = 5 / 64  # between the logits of the two likeliest tokens
 LONE_STEPS = 40  # of a request on rank 0 alone, field case 22
 # Prompt length, tokens to generate and seed; answered at once, by rank 0 and rank 1 in turn. A step holds 16 or 32
 # tokens with the skip and 64 without, so some come in pieces, and MLA adds up the pieces of a prompt in bf16: the two
@@ -153,6 +154,7 @@ class Compared:
     # Steps of the run with the skip before a second request came: rank 0 has one request, or a dummy like rank 1.
     lone_steps: int
     drawn: tuple[Drawn, Drawn]  # with graph level `uniform`: with the skip, and by a node without drafts
+    certain: int  # tokens of the lone request that have to be equal
 
 
 @pytest.fixture(scope="module")
@@ -161,18 +163,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(
-    folder: Path, model: Path, configuration: Configuration, *more: str, sampled: int = 0
+    folder: Path, model: Path, configuration: Configuration, lone: Prompt, *more: str, sampled: int = 0
 ) -> tuple[Run, int, Drawn]:
-    """A prompt for rank 0 while rank 1 is idle, a long one for rank 1 while rank 0 is, then several at once; then
+    """`lone` for rank 0 while rank 1 is idle, a long one for rank 1 while rank 0 is, then several at once; then
     `sampled` requests for each of the prompts for that.
 
     Returns also the number of steps made for the first.
     """
     flags = [*configuration.arguments(), *more]
     node = server(folder, model, flags, overlay=True, environment=configuration.environment)
-    # Not more than 1 + k tokens come out of a step.
-    lone, long = seeded((9, LONE_STEPS * (1 + configuration.drafts), 6), IN_PIECES)
-    together = seeded(*TOGETHER)
+    long, *together = seeded(IN_PIECES, *TOGETHER)
     with Cluster() as cluster:
         cluster.start(node.process)
         cluster.wait_until_ready({node.process: f"{node.url}/health"})
@@ -201,15 +201,16 @@ def draw(node: Server, count: int) -> Drawn:
         ]
 
 
-def draw_without_drafts(folder: Path, model: Path) -> Drawn:
-    """What the target model says by itself."""
+def without_drafts(folder: Path, model: Path, lone: Prompt) -> tuple[Drawn, list[float]]:
+    """What the target model says by itself: what it draws, and by how much each token that follows `lone` leads."""
     node = server(folder, model, [*DP2, *REFUSED], overlay=True)
     with Cluster() as cluster:
         cluster.start(node.process)
         cluster.wait_until_ready({node.process: f"{node.url}/health"})
+        leads = node.leads(*lone)
         drawn = draw(node, SAMPLED)
         cluster.check()
-    return drawn
+    return drawn, leads
 
 
 @pytest.fixture(scope="module", params=CONFIGURATIONS)
@@ -217,12 +218,19 @@ def compared(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pyte
     configuration: Configuration = request.param
     folder = tmp_path_factory.mktemp(str(configuration))
     uniform = configuration.level == "uniform"
-    skipped, lone_steps, drawn = run(folder / "skip", model, configuration, sampled=SAMPLED if uniform else 0)
+    # Not more than 1 + k tokens come out of a step. Of 40 seeds 135 is the one with the most tokens that lead at first.
+    (lone,) = seeded((9, LONE_STEPS * (1 + configuration.drafts), 135 if uniform else 6))
+    sampled = SAMPLED if uniform else 0
+    skipped, lone_steps, drawn = run(folder / "skip", model, configuration, lone, sampled=sampled)
     # Stock 0.11.0 mixes graph modes. Where every token shall be right, what it is compared with has to be so as well.
     different = {"async_scheduling": False} if uniform else {}
-    synced, _, nothing = run(folder / "sync", model, replace(configuration, graphs="", level="", **different), *REFUSED)
-    expected = draw_without_drafts(folder / "without_drafts", model) if uniform else nothing
-    return Compared(configuration, skipped, synced, lone_steps, (drawn, expected))
+    reference = replace(configuration, graphs="", level="", **different)
+    synced, _, expected = run(folder / "sync", model, reference, lone, *REFUSED)
+    certain = lone[1]
+    if uniform:
+        expected, leads = without_drafts(folder / "without_drafts", model, lone)
+        certain = next((place for place, lead in enumerate(leads) if lead < LEAD), certain)
+    return Compared(configuration, skipped, synced, lone_steps, (drawn, expected), certain)
 
 
 def assert_same_distribution(ours: list[tuple[int, ...]], theirs: list[tuple[int, ...]]) -> None:
@@ -240,13 +248,18 @@ def test_tokens_are_equal(compared: Compared) -> None:
 
     A lone request that is prefilled here gets wrong tokens from 0.23.0 too, but always the same: its first step has k
     drafts that do not exist beside the whole prompt, and `update_num_computed_tokens_for_batch_change` takes a step
-    with drafts for one of 1 + k tokens. Graph level `uniform` does not run into that: all tokens are right with it.
+    with drafts for one of 1 + k tokens. Graph level `uniform` does not run into that: all tokens are right with it. But
+    it cuts a prompt into pieces, which MLA rounds in another way, so that the lone request is compared up to its first
+    token that leads by little.
     """
     alone = len(compared.skipped.tokens) - len(TOGETHER)
     varying = compared.configuration.async_scheduling
     known = slice(alone) if varying and compared.configuration.level != "uniform" else slice(None)
     assert compared.skipped.log.count("DSP000 skip") == DP_SIZE
-    assert compared.skipped.tokens[known] == compared.synced.tokens[known]
+    (lone, *ours), (lone_synced, *theirs) = compared.skipped.tokens[known], compared.synced.tokens[known]
+    assert ours == theirs
+    assert compared.certain > 10
+    assert lone[: compared.certain] == lone_synced[: compared.certain]
     if compared.configuration.level != "uniform":
         return
     # The first token is drawn against a draft that nobody has proposed, the others against those of MTP.
