@@ -185,6 +185,11 @@ def _plan_lines(plan: dict[str, Any]) -> Iterator[str]:
         f"mc2_tokens_capacity of stock {facts['mc2_tokens_capacity']}"
     )
     yield f"  HCCL window: {sizes['window_mb']} MB needed, HCCL_BUFFSIZE {facts['hccl_buffsize_mb']} MB"
+    agreed, latched = (plan["dispatch_output"][of] for of in ("bound", "mc2_tokens_capacity"))
+    yield (
+        f"  dispatch returns {agreed['rows']} rows, {agreed['mb']} MB, per MoE layer; "
+        f"{latched['rows']} rows, {latched['mb']} MB with a global_bs of stock's capacity"
+    )
     captures = f"captures {list(facts['capture_sizes'])}" if facts["graph_mode"] != "NONE" else "eager"
     yield f"  graph mode {facts['graph_mode']}: {captures}; scheduler {facts['scheduler_cls']}"
     if plan["state"] == "skip":

@@ -81,8 +81,9 @@ def explain(words: Sequence[str], soc: str) -> dict[str, Any]:
 
     Returns:
         JSON values: `state` (off, sync, skip), `reasons` (code, sentence, found, needed, flag), `sizes` (tokens, MB),
-        `facts`, `settings` (value and source), `command`, `soc`, `required_but_off` (`mode=require` would stop the
-        node), `notes` (what a command line cannot tell).
+        `dispatch_output` (of the agreed bound and of stock's capacity, see there), `facts`, `settings` (value and
+        source), `command`, `soc`, `required_but_off` (`mode=require` would stop the node), `notes` (what a command
+        line cannot tell).
 
     Raises:
         CommandLineError: not a serve command, or stock refuses it.
@@ -98,12 +99,13 @@ def explain(words: Sequence[str], soc: str) -> dict[str, Any]:
     configured = settings.load(config.additional_config)
     from vllm_ascend.utils import is_moe_model
 
+    mc2_capacity = mc2_tokens_capacity(config)
     found = facts.read(
         config,
         entry,
         is_moe=is_moe_model(config),
         soc=soc,
-        mc2_tokens_capacity=mc2_tokens_capacity(config),
+        mc2_tokens_capacity=mc2_capacity,
         process_group_size=config.parallel_config.world_size_across_dp,
     )
     plan = make_plan(found, configured.mode, graph_mode=configured.graph_mode)
@@ -114,6 +116,10 @@ def explain(words: Sequence[str], soc: str) -> dict[str, Any]:
         "state": plan.state.name.lower(),
         "reasons": [asdict(reason) for reason in plan.reasons],
         "sizes": asdict(plan.sizes),
+        "dispatch_output": {
+            "bound": dispatch_output(found, plan.sizes.tokens_per_rank),
+            "mc2_tokens_capacity": dispatch_output(found, -(-mc2_capacity // found.tensor_parallel_size)),
+        },
         "graph_level": plan.graph_level,
         "facts": asdict(found),
         "settings": {name: {"value": value, "source": sources[name]} for name, value in configured.values().items()},
@@ -143,6 +149,20 @@ def prepare(words: Sequence[str]) -> tuple[str, list[str]]:
     # Nothing is downloaded for an explanation, unless the operator asks for it.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     return program, list(words[at:])
+
+
+def dispatch_output(found: facts.Facts, tokens_per_rank: int) -> dict[str, int]:
+    """What dispatch allocates for `expand_x` in each MoE layer on each EP rank, whatever the step holds.
+
+    Args:
+        tokens_per_rank: `global_bs` divided by the EP ranks.
+
+    Returns:
+        `rows`, and `mb` of them in bfloat16. Unquantised `npu_swiglu` computes all of these rows.
+    """
+    local_experts = -(-found.num_experts // found.ep_world_size)
+    rows = tokens_per_rank * found.ep_world_size * min(local_experts, found.experts_per_token)
+    return {"rows": rows, "mb": round(rows * found.hidden_size * 2 / 2**20)}
 
 
 def _notes(parallel: Any) -> list[str]:

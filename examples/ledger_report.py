@@ -6,6 +6,7 @@ Each process writes one file of JSON lines:
 * `comm`: this process is `rank` of `size` in communicator `comm`; `group`: the vLLM group (`dp:0`, `ep:0`) of a `comm`
 * `step`: an engine step begins; `kind` is execute or dummy, `scheduled_tokens` what the scheduler asked for
 * `collective`: a host-blocking collective, with its `comm` (HCCL) or its `group` (gloo), `bytes` and `host_us`
+* `collective_wait`: the host has waited so long, `host_us`, for a collective that was begun in the background
 * `ep`: an MC2 dispatch or combine, with `ordinal` in its communicator, `bs`, `global_bs`, `mask`
 * `violation`: an MC2 call broke its contract and was let through
 
@@ -154,11 +155,11 @@ def _interpret(path: Path, events: list[dict[str, Any]]) -> RankLedger | None:
             continue
         if kind == "violation":
             violations[step >= 0] += 1
-        if kind not in ("collective", "ep"):
+        if kind not in ("collective", "collective_wait", "ep"):
             continue
         if step >= 0 and step not in steps:
             raise LedgerError(f"{path.name}: a {kind} event belongs to step {step}, which never began")
-        if kind == "collective":
+        if kind != "ep":
             _count_collective(path, event, groups, steps.get(step))
             continue
         if step >= 0:
@@ -181,7 +182,7 @@ def _count_collective(path: Path, event: dict[str, Any], groups: dict[str, str],
     if group in VOTE_GROUPS:
         step.votes += 1
     elif group.startswith("dp:"):
-        step.dp_collectives += 1
+        step.dp_collectives += event["ev"] == "collective"
         step.dp_host_us += event["host_us"]
 
 

@@ -19,7 +19,7 @@ def skip_all_reduce(wrapped: Callable[..., Any], instance: Any, args: tuple[Any,
     if runtime.in_profile_run:
         return wrapped(*args, **kwargs)
     result = _local_result(instance, *args, **kwargs) if runtime.skip_sizes is not None else wrapped(*args, **kwargs)
-    _count(args[0] if args else kwargs["num_tokens"], result)
+    _count(args[0] if args else kwargs["num_tokens"], result[0])
     return result
 
 
@@ -27,15 +27,16 @@ def count_pass(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...]
     """From 0.12.0rc1 on stock has the branch that skips, and asks `decide_skip`; here passes are only counted."""
     result = wrapped(*args, **kwargs)
     if not runtime.in_profile_run:
-        _count(args[0] if args else kwargs["num_tokens" if "num_tokens" in kwargs else "num_tokens_padded"], result)
+        own = args[0] if args else kwargs["num_tokens" if "num_tokens" in kwargs else "num_tokens_padded"]
+        # num_tokens_across_dp; result[0] is not the same number in all versions.
+        _count(own, own if result[1] is None else max(result[1].tolist()))
     return result
 
 
-def _count(own: int, result: tuple[Any, ...]) -> None:
-    """`own`: tokens of this rank; result[1]: num_tokens_across_dp, whose largest entry the MoE layers pad to."""
+def _count(own: int, final: int) -> None:
+    """`own`: tokens of this rank; `final`: what its MoE layers are padded to, the largest count of all ranks."""
     counts = metrics.counts
     sizes = runtime.skip_sizes
-    final = own if result[1] is None else int(result[1].max())
     if sizes is None:
         counts.passes_synced += 1
         counts.passes_ragged += final > own

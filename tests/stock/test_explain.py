@@ -34,23 +34,27 @@ _NODE = [
 _COMMON = [*_NODE, "--speculative-config", '{"method": "deepseek_mtp", "num_speculative_tokens": 3}']
 
 # What is refused by default (found, needed), the two ways out that are advised, and the sizes that each leads to:
-# tokens per DP rank, tokens per EP rank, global_bs, HCCL window in MB.
+# tokens per DP rank, tokens per EP rank, global_bs, HCCL window in MB, and rows and MB that dispatch returns.
+# `latched`: these two with a global_bs of the capacity that stock ends with by default.
 _GOLDEN = {
     "DP32 TP1": {
         "captures": [4, 32, 160, 256],
         "refused": ("DSP106", "200 MB", "at least 1200 MB"),
+        "latched": (65536, 896),
         "advice": {
-            "HCCL_BUFFSIZE=1200": (160, 160, 5120, 1200),
+            "HCCL_BUFFSIZE=1200": (160, 160, 5120, 1200, 40960, 560),
             "HCCL_BUFFSIZE=960 --compilation-config '{\"cudagraph_capture_sizes\": [4, 32, 128]}'":
-                (128, 128, 4096, 960),
+                (128, 128, 4096, 960, 32768, 448),
         },
     },
     "DP8 TP4": {
         "captures": [4, 256],
         "refused": ("DSP106", "200 MB", "at least 480 MB"),
+        "latched": (16384, 224),
         "advice": {
-            "HCCL_BUFFSIZE=480": (256, 64, 2048, 480),
-            "HCCL_BUFFSIZE=240 --compilation-config '{\"cudagraph_capture_sizes\": [4, 128]}'": (128, 32, 1024, 240),
+            "HCCL_BUFFSIZE=480": (256, 64, 2048, 480, 16384, 224),
+            "HCCL_BUFFSIZE=240 --compilation-config '{\"cudagraph_capture_sizes\": [4, 128]}'":
+                (128, 32, 1024, 240, 8192, 112),
         },
     },
 }  # fmt: skip
@@ -168,6 +172,7 @@ def test_refused_by_default(answers: Answers, recipe: str) -> None:
     assert (facts["graph_mode"], facts["mc2_tokens_capacity"]) == ("PIECEWISE", 256)
     assert answer["sizes"]["token_budget"] == 128
     assert facts["recompute_in_effect"]
+    assert rows_and_mb(answer, "mc2_tokens_capacity") == golden["latched"]
 
 
 @pytest.mark.parametrize(("recipe", "advice"), [(name, text) for name in _GOLDEN for text in _GOLDEN[name]["advice"]])
@@ -175,14 +180,28 @@ def test_field_case_29_the_advice_is_sufficient_and_necessary(answers: Answers, 
     answer = answers[recipe, advice]
     sizes = answer["sizes"]
     assert (answer["state"], answer["reasons"]) == ("skip", [])
-    assert (sizes["bound"], sizes["tokens_per_rank"], sizes["global_bs"], sizes["window_mb"]) == (
-        _GOLDEN[recipe]["advice"][advice]
-    )
+    found = (sizes["bound"], sizes["tokens_per_rank"], sizes["global_bs"], sizes["window_mb"])
+    assert (*found, *rows_and_mb(answer, "bound")) == _GOLDEN[recipe]["advice"][advice]
     less = [one_mb_less(advice)]
     if "--compilation-config" in advice:
         less.append(without_captures(advice))
     for shorter in less:
         assert [reason["code"] for reason in answers[recipe, shorter]["reasons"]] == ["DSP106"], shorter
+
+
+def rows_and_mb(answer: dict[str, Any], of: str) -> tuple[int, int]:
+    return answer["dispatch_output"][of]["rows"], answer["dispatch_output"][of]["mb"]
+
+
+def test_readme_has_the_price_of_global_bs() -> None:
+    section = (Path(__file__).resolve().parents[2] / "README.md").read_text().split("### The price of `global_bs`")[1]
+    rows = re.findall(r"^\| (DP\d+ TP\d+) \| [^|]+ \| ([\d,]+) \| ([\d,]+) \| (\d+) \|$", section, re.MULTILINE)
+    listed = [(recipe, *(int(number.replace(",", "")) for number in numbers)) for recipe, *numbers in rows]
+    expected = []
+    for recipe, golden in _GOLDEN.items():
+        expected.append((recipe, 256 // int(recipe[-1]) * 32, *golden["latched"]))
+        expected += [(recipe, global_bs, *price) for _, _, global_bs, _, *price in golden["advice"].values()]
+    assert listed == expected
 
 
 def cli(*words: str, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -243,6 +262,7 @@ def test_the_command_answers_like_the_function(model: Path, answers: Answers) ->
     assert code == 0
     assert out.startswith("plan on A3: skip\n")
     assert "global_bs 4096 over 32 ranks" in out
+    assert "  dispatch returns 32768 rows, 448 MB, per MoE layer; 32768 rows, 448 MB with a global_bs of stock's" in out
     assert "  in force: no DP metadata all_reduce; mc2_tokens_capacity 128, captures [4, 32, 128]" in out
     assert "  note: every rank has to come to the same plan" in out
 

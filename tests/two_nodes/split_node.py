@@ -20,6 +20,10 @@ class SplitNode:
     tail: Server
     hccl_delay_file: Path
 
+    @property
+    def halves(self) -> tuple[Server, Server]:
+        return self.head, self.tail
+
     def set_hccl_delay(self, delay_us: int) -> None:
         """What each HCCL collective takes longer from now on: between virtual devices nothing goes over the link."""
         new = self.hccl_delay_file.with_suffix(".new")

@@ -37,9 +37,9 @@ def answers(nodes: TwoNodes, folder: Path, model: Path, *flags: str) -> tuple[li
     with Cluster() as cluster:
         nodes.run(0, lambda: node.start(cluster))
         tokens = nodes.run(0, complete)
-        wait_until_idle([node.head, node.tail])
+        wait_until_idle(node.halves)
         cluster.check()
-    return tokens, read_ranks([node.head, node.tail])
+    return tokens, read_ranks(node.halves)
 
 
 def per_step(events: list[Event]) -> list[float]:

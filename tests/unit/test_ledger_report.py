@@ -140,6 +140,15 @@ def test_a_collective_in_a_cut_off_step_is_still_one(tmp_path: Path) -> None:
     assert read_figures(write(tmp_path, ranks)).dp_collectives == 1
 
 
+def test_the_wait_for_a_collective_that_was_begun_before_is_no_second_one(tmp_path: Path) -> None:
+    ranks = stock_ranks()
+    for events in ranks:
+        events.append({"ev": "collective_wait", "step": 2, "comm": "c-dp", "host_us": 1000.0})
+    figures = read_figures(write(tmp_path, ranks))
+    assert figures.dp_collectives == 6
+    assert figures.sync_host_us_per_step_mean == round((820 + 2 * 1000) / 6, 1)
+
+
 def test_an_unfinished_last_line_is_accepted(tmp_path: Path) -> None:
     write(tmp_path, overlay_ranks())
     with (tmp_path / "ledger-0.jsonl").open("a", encoding="utf-8") as ledger:

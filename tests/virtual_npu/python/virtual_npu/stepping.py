@@ -102,6 +102,23 @@ def watch() -> None:
         wrapt.register_post_import_hook(watch_worker, module)
 
 
+class _Begun(wrapt.ObjectProxy):  # type: ignore[misc]
+    """The handle of a collective that goes on in the background; notes how long the host waits for its end."""
+
+    def __init__(self, work: Any, ledger: Ledger, group: str) -> None:
+        super().__init__(work)
+        self._self_ledger = ledger
+        self._self_group = group
+
+    def wait(self, *args: Any) -> Any:
+        begin = time.perf_counter()
+        try:
+            return self.__wrapped__.wait(*args)
+        finally:
+            host_us = (time.perf_counter() - begin) * 1e6
+            self._self_ledger.note("collective_wait", backend="gloo", group=self._self_group, host_us=host_us)
+
+
 def _watch_gloo(ledger: Ledger) -> None:
     """Record each collective on a gloo group, as C++ records HCCL's (kind, group, bytes, host time of the call)."""
     import torch
@@ -115,18 +132,20 @@ def _watch_gloo(ledger: Ledger) -> None:
             on_host = tensors[0].device.type == "cpu" if tensors else "gloo" in dist.get_backend(group)
             if not on_host:
                 return wrapped(*args, **kwargs)
+            name = _group_name(group)
             begin = time.perf_counter()
             try:
-                return wrapped(*args, **kwargs)
+                result = wrapped(*args, **kwargs)
             finally:
                 ledger.note(
                     "collective",
                     backend="gloo",
-                    group=_group_name(group),
+                    group=name,
                     kind=kind,
                     bytes=sum(tensor.nbytes for tensor in tensors),
                     host_us=(time.perf_counter() - begin) * 1e6,
                 )
+            return _Begun(result, ledger, name) if kwargs.get("async_op") else result
 
         return call
 

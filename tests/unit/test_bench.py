@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The figures of `make bench`: from ledgers to cells, tables and files."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import bench
+import pytest
+from bench_cells import (
+    BASELINE,
+    DELAYS_US,
+    EVEN,
+    OVERLAY,
+    OWN_SKIP,
+    SETUPS,
+    SHOWN_DELAY_US,
+    SKEWED,
+    Figures,
+    Measured,
+    Spread,
+    Window,
+    figures,
+    from_json,
+    make_cells,
+    percentile,
+    table,
+    to_json,
+)
+
+WINDOW = Window("even", 1000, 0, "stock", 10.0, 20.0, 5.0, 9.0, 100.0)
+ABOUT = {"date": "2026-11-29", "minutes": 1, "turns": 2, "cores": 2, "machine": "a machine"}
+
+
+def step(number: int, at: float, scheduled: int, rows: int, host_us: float, *drafts: int) -> list[dict[str, Any]]:
+    """A step of one rank with one collective in the DP group and a vote, two layers and draft passes."""
+    sizes = [rows, rows, *drafts]
+    kind = "execute" if scheduled else "dummy"
+    return [
+        {"ev": "step", "step": number, "t": at, "kind": kind, "scheduled_tokens": scheduled},
+        {"ev": "collective", "step": number, "group": "dp:0", "host_us": host_us},
+        {"ev": "collective", "step": number, "group": "stateless", "host_us": 5000.0},
+        {"ev": "collective", "step": number, "group": "ep:0", "host_us": 7000.0},
+        *({"ev": "ep", "op": "dispatch", "step": number, "bs": size} for size in sizes),
+        *({"ev": "ep", "op": "combine", "step": number, "bs": size} for size in sizes),
+    ]
+
+
+def test_figures_of_a_window() -> None:
+    busy = [
+        {"ev": "collective", "step": -1, "group": "dp:0", "host_us": 1e6},  # start-up
+        *step(0, 9.9, 8, 8, 900.0),  # before the window
+        *step(1, 10.0, 3, 4, 100.0, 1, 1),
+        *step(2, 19.9, 4, 4, 200.0),
+        *step(3, 20.0, 8, 8, 900.0),  # after it
+    ]
+    idle = [*step(0, 9.8, 0, 4, 900.0), *step(1, 10.1, 0, 4, 300.0), *step(2, 20.1, 0, 8, 900.0)]
+    found = figures(WINDOW, [busy, idle])
+    assert found == Figures(
+        steps=3,
+        dp_collectives_per_step=1.0,
+        sync_host_us_p50=200.0,
+        sync_host_us_p99=300.0,
+        padded_token_share=1 - 7 / 12,
+        tpot_ms_p50=5.0,
+        tpot_ms_p99=9.0,
+        output_tokens_per_s=100.0,
+    )
+    with pytest.raises(ValueError, match="rank 1 has no step"):
+        figures(WINDOW, [busy, idle[:6]])
+
+
+def test_the_wait_for_a_collective_that_was_begun_before_counts() -> None:
+    events = [*step(1, 12.0, 3, 4, 100.0), {"ev": "collective_wait", "step": 1, "group": "dp:0", "host_us": 40.0}]
+    found = figures(WINDOW, [events])
+    assert (found.sync_host_us_p50, found.dp_collectives_per_step) == (140.0, 1.0)
+
+
+@pytest.mark.parametrize(("percent", "expected"), [(50, 2), (75, 3), (76, 4), (99, 4), (1, 1)])
+def test_percentile(percent: int, expected: int) -> None:
+    assert percentile([3, 1, 4, 2], percent) == expected
+
+
+def measured(arm: str, turn: int, tpot: float, collectives: float, delay_us: int = SHOWN_DELAY_US) -> Measured:
+    values = {field.name: 1.0 for field in fields(Figures)}
+    values |= {"tpot_ms_p50": tpot, "dp_collectives_per_step": collectives, "padded_token_share": 0.25}
+    return {"load": "even", "delay_us": delay_us, "turn": turn, "arm": arm, "figures": values}
+
+
+MEASURED = [
+    measured(BASELINE.name, 0, 10.0, 1.0),
+    measured(OVERLAY.name, 0, 5.0, 0.0),
+    measured(BASELINE.name, 1, 30.0, 1.0),
+    measured(OVERLAY.name, 1, 12.0, 0.0),
+    {"load": "even", "delay_us": SHOWN_DELAY_US, "turn": 0, "arm": OWN_SKIP.name, "failed": "timeout, waited 20 s"},
+]
+
+
+def test_arms_are_compared_turn_by_turn() -> None:
+    stock, overlay, own_skip = make_cells("0.23.0", MEASURED)
+    assert stock.measured["tpot_ms_p50"] == Spread(20.0, 10.0, 30.0)
+    assert overlay.measured["tpot_ms_p50"] == Spread(8.5, 5.0, 12.0)
+    assert overlay.ratios["tpot_ms_p50"] == Spread(0.45, 0.4, 0.5)
+    assert own_skip.failed == "timeout, waited 20 s"
+
+
+def test_a_baseline_without_collectives_is_none() -> None:
+    with pytest.raises(ValueError, match="no baseline"):
+        make_cells("0.23.0", [measured(BASELINE.name, 0, 10.0, 0.0), *MEASURED[1:2]])
+    with pytest.raises(ValueError, match="no baseline"):
+        make_cells("0.23.0", MEASURED[1:2])
+
+
+def test_files_have_everything(tmp_path: Path) -> None:
+    cells = make_cells("0.23.0", [*MEASURED, *(measured(BASELINE.name, 0, 10.0, 1.0, us) for us in DELAYS_US[3:])])
+    again, about = from_json(to_json(cells, ABOUT))
+    assert (again, about) == (cells, ABOUT)
+    rows = list(csv.DictReader(io.StringIO(bench.to_csv(cells))))
+    assert [(row["arm"], row["tpot_ms_p50_median"], row["failed"]) for row in rows[:3]] == [
+        ("stock", "20.0", ""), ("overlay", "8.5", ""), ("stock, own skip", "", "timeout, waited 20 s"),
+    ]  # fmt: skip
+    assert rows[1]["ratio_tpot_ms_p50_largest"] == "0.5"
+    bench.write(cells, ABOUT, tmp_path / "bench.json")
+    drawn = (tmp_path / "bench.svg").read_text()
+    assert "<svg" in drawn
+    assert (tmp_path / "bench.csv").read_text() == bench.to_csv(cells)
+
+
+def test_the_table_shows_one_delay() -> None:
+    cells = make_cells("0.23.0", [*MEASURED, measured(BASELINE.name, 0, 10.0, 1.0, 5000)])
+    rows = table(cells).splitlines()[2:]
+    assert rows == [
+        "| 0.23.0: even | stock | 1.00 | 0.00 (0.00) | 25% |  |  |",
+        "|  | overlay | 0.00 | 0.00 (0.00) | 25% | 0.45 (0.40-0.50) | 1.00 (1.00-1.00) |",
+        "|  | stock, own skip | failed: timeout, waited 20 s |  |  |  |  |",
+    ]
+    text = f"before\n{bench.BEGIN}old\n{bench.END}after\n"
+    changed = bench.with_section(text, bench.section(cells, ABOUT))
+    assert changed.startswith(f"before\n{bench.BEGIN}| node, load |")
+    assert changed.endswith(f"2 cores of a machine.\n{bench.END}after\n")
+
+
+def test_setups() -> None:
+    assert len({setup.name for setup in SETUPS}) == len(SETUPS)
+    for setup in SETUPS:
+        assert setup.arms[0] is BASELINE
+        assert all(SHOWN_DELAY_US in setup.delays_us(load) for load in setup.loads)
+        assert (SKEWED in setup.loads) == (setup.version != "0.11.0")
+    # Every delay on every version.
+    assert {setup.version for setup in SETUPS if setup.delays_us(EVEN) == DELAYS_US} == {"0.11.0", "0.13.0", "0.23.0"}
+    assert replace(SETUPS[0], drafts=3).largest_step == 32
