@@ -57,6 +57,16 @@ HANDED_OVER_DRAFTS = 1 if STOCK.vllm_ascend == "0.11.0" else min(3, STOCK.max_dr
 SAMPLING: dict[str, Any] = {"temperature": 2.0, "allowed_token_ids": [0, 5, 9, 200]}
 SAMPLED, SAMPLED_TOKENS = 300, 3
 SAMPLED_PROMPTS = ((9, SAMPLED_TOKENS, 6), (10, SAMPLED_TOKENS, 7))
+# What else a request may ask for, and a stop at a token of its plain answer. Greedy in effect: the first token has all
+# of the probability that `min_p` leaves.
+SPECIAL: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "penalties": {"presence_penalty": 1.0, "frequency_penalty": 0.5, "repetition_penalty": 1.3},
+    "min_p": {"temperature": 1.0, "min_p": 1.0},
+    "grammar": {"structured_outputs": {"regex": "[a-f]{40}"}},
+    "logit_bias": {"logit_bias": {"200": 2.0}},
+}
+SPECIAL_PROMPT, STOP_AT = (7, 24, 123), 9
 MORE = 32  # tokens that keep those of one rank together for a while; they are not compared
 
 
@@ -424,6 +434,48 @@ if STOCK.uniform_with_drafts:
             assert {tokens % (1 + configuration.drafts) for tokens in run.scheduled(rank).values()} == {0}
         reference = near_the_limit(tmp_path, model, "sync", replace(AT_THE_LIMIT, async_scheduling=False))
         assert run.tokens == reference.tokens
+
+    def test_what_requests_ask_for_with_decode_batches_only(model: Path, tmp_path: Path) -> None:
+        """Penalties, min_p, a grammar, stop conditions: as stock answers, or refuses to with drafts."""
+        configuration = Configuration(3, 1, True, "FULL_DECODE_ONLY", "uniform")
+        reference = replace(configuration, graphs="", level="", async_scheduling=False)
+        answers = special_answers(tmp_path / "skip", model, configuration)
+        assert answers == special_answers(tmp_path / "sync", model, reference, *REFUSED)
+        plain = answers["plain"]
+        assert len(plain) == SPECIAL_PROMPT[1]
+        assert answers["stop"] == plain[: len(answers["stop"])]
+        assert answers["stop"][-1] == plain[STOP_AT]
+        assert answers["late stop"] == plain[: len(answers["late stop"])]
+        assert len(answers["late stop"]) > STOP_AT + 1
+        for name in ("penalties", "grammar"):
+            assert isinstance(answers[name], list), answers[name]
+            assert answers[name] != plain
+
+
+def special_answers(folder: Path, model: Path, configuration: Configuration, *more: str) -> dict[str, Any]:
+    """The tokens, or what the server says against the request; all at once, on both ranks in turn."""
+    flags = [*configuration.arguments(), *more]
+    node = server(folder, model, flags, overlay=True, environment=configuration.environment)
+    ((prompt, count),) = seeded(SPECIAL_PROMPT)
+
+    def answer(request: tuple[int, dict[str, Any]]) -> list[int] | str:
+        rank, sampling = request
+        try:
+            return node.complete(prompt, count, timeout_s=300, rank=rank % DP_SIZE, sampling=sampling)
+        except httpx.HTTPStatusError as error:
+            return error.response.text
+
+    with Cluster() as cluster:
+        cluster.start(node.process)
+        cluster.wait_until_ready({node.process: f"{node.url}/health"})
+        plain = node.complete(prompt, count, timeout_s=300, rank=0)
+        stop = {"stop_token_ids": [plain[STOP_AT]]}
+        requests = {**SPECIAL, "stop": stop, "late stop": {**stop, "min_tokens": STOP_AT + 2}}
+        with ThreadPoolExecutor(len(requests)) as pool:
+            answers = dict(zip(requests, pool.map(answer, enumerate(requests.values())), strict=True))
+        wait_until_idle([node])
+        cluster.check()
+    return answers
 
 
 @dataclass(frozen=True)
