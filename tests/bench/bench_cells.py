@@ -149,12 +149,12 @@ def figures(window: Window, ranks: Sequence[Iterable[Event]]) -> Figures:
     collectives = scheduled = computed = 0
     for number, events in enumerate(ranks):
         steps: dict[int, float] = {}
+        tokens: dict[int, int] = {}
         rows: dict[int, int] = {}
         for event in events:
             step = event.get("step", -1)
             if event["ev"] == "step" and step >= 0 and window.began <= event["t"] < window.ended:
-                steps[step] = 0.0
-                scheduled += event["scheduled_tokens"]
+                steps[step], tokens[step] = 0.0, event["scheduled_tokens"]
             elif step not in steps:
                 continue
             elif event["ev"] in ("collective", "collective_wait") and _of_the_dp_group(event):
@@ -165,7 +165,9 @@ def figures(window: Window, ranks: Sequence[Iterable[Event]]) -> Figures:
         if not steps:
             raise ValueError(f"rank {number} has no step in {window}")
         host_us += steps.values()
+        # A step above stock's MC2 capacity, several prompts at once, has no dispatch.
         computed += sum(rows.values())
+        scheduled += sum(tokens[step] for step in rows)
     return Figures(
         steps=len(host_us),
         dp_collectives_per_step=collectives / len(host_us),

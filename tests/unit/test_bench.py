@@ -58,10 +58,11 @@ def test_figures_of_a_window() -> None:
         *step(2, 19.9, 4, 4, 200.0),
         *step(3, 20.0, 8, 8, 900.0),  # after it
     ]
+    busy += step(4, 15.0, 48, 48, 200.0)[:2]  # by all-gather
     idle = [*step(0, 9.8, 0, 4, 900.0), *step(1, 10.1, 0, 4, 300.0), *step(2, 20.1, 0, 8, 900.0)]
     found = figures(WINDOW, [busy, idle])
     assert found == Figures(
-        steps=3,
+        steps=4,
         dp_collectives_per_step=1.0,
         sync_host_us_p50=200.0,
         sync_host_us_p99=300.0,
