@@ -17,7 +17,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ from bench_cells import (  # noqa: E402  (this line and the next ones need the p
 )
 from demo import Cluster, DemoError, say  # noqa: E402
 from launched_ranks import RECOMPUTE, read_ranks  # noqa: E402
-from split_node import SplitNode, split_node  # noqa: E402
+from split_node import SplitNode, split_node, start  # noqa: E402
 from toy_deepseek import write_toy_deepseek  # noqa: E402
 from toy_model import ToyModelShape, write_toy_model  # noqa: E402
 from two_nodes import Link, TwoNodes, TwoNodesError  # noqa: E402
@@ -161,8 +160,7 @@ def run(setup: Setup, folder: Path, count: int) -> list[Measured]:
                 overlay=arm.overlay,
                 environment=environment(arm),
             )
-        with ThreadPoolExecutor(len(arms)) as pool:
-            list(pool.map(lambda node: nodes.run(0, lambda: node.start(cluster)), arms.values()))
+        start(nodes, cluster, arms.values())
         say(f"{setup.name}: {len(arms)} nodes are up")
         for load, delay_us, turn, arm in turns(setup, count):
             if arm.name in failed:

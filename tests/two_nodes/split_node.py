@@ -30,11 +30,19 @@ class SplitNode:
         new.write_text(str(delay_us))
         new.rename(self.hccl_delay_file)
 
-    def start(self, cluster: Cluster) -> None:
-        """On node 0, see `TwoNodes.run`. Returns when requests are answered."""
-        cluster.start(self.tail.process)
-        cluster.start(self.head.process)
-        cluster.wait_until_ready({self.head.process: f"{self.head.url}/health"})
+
+def start(nodes: TwoNodes, cluster: Cluster, deployments: Iterable[SplitNode]) -> None:
+    """All of them at once. Returns when requests are answered."""
+
+    def on_node_0() -> None:
+        heads = {}
+        for one in deployments:
+            cluster.start(one.tail.process)
+            cluster.start(one.head.process)
+            heads[one.head.process] = f"{one.head.url}/health"
+        cluster.wait_until_ready(heads)
+
+    nodes.run(0, on_node_0)
 
 
 def split_node(

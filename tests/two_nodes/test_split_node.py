@@ -11,7 +11,7 @@ import pytest
 from demo import Cluster
 from launched_ranks import RECOMPUTE, Event, read_ranks, server, wait_until_idle
 from node_runs import REFUSED, make_prompts
-from split_node import split_node
+from split_node import split_node, start
 from toy_model import ToyModelShape, write_toy_model
 from two_nodes import Link, TwoNodes
 
@@ -35,7 +35,7 @@ def answers(nodes: TwoNodes, folder: Path, model: Path, *flags: str) -> tuple[li
             return tokens + list(pool.map(lambda prompt: node.head.complete(*prompt), PROMPTS))
 
     with Cluster() as cluster:
-        nodes.run(0, lambda: node.start(cluster))
+        start(nodes, cluster, [node])
         tokens = nodes.run(0, complete)
         wait_until_idle(node.halves)
         cluster.check()
