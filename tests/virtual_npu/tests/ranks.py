@@ -36,6 +36,12 @@ class HcclError(RuntimeError):
         self.code = code
 
 
+def shared_memory_entries() -> set[str]:
+    """What has a name in shared memory, but for the segments and semaphores of Python's multiprocessing, which vLLM on
+    this machine may make or remove meanwhile."""
+    return {name for name in os.listdir("/dev/shm") if not name.startswith(("psm_", "sem."))}
+
+
 def to_bf16(values: np.ndarray) -> np.ndarray:
     """fp32 to bf16 bits (uint16), rounding half to even; no NaN."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)

@@ -16,7 +16,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ranks import NOT_SUPPORT, PARA, REDUCE, REMOTE, TIMEOUT, UNAVAIL, HcclError, World, from_bf16, to_bf16
+from ranks import (
+    NOT_SUPPORT,
+    PARA,
+    REDUCE,
+    REMOTE,
+    TIMEOUT,
+    UNAVAIL,
+    HcclError,
+    World,
+    from_bf16,
+    shared_memory_entries,
+    to_bf16,
+)
 
 pytestmark = pytest.mark.timeout(120)
 NUMPY_REDUCE = {"sum": np.add, "prod": np.multiply, "max": np.maximum, "min": np.minimum}
@@ -454,10 +466,6 @@ def killed_while_others_wait(world: World) -> None:
         with pytest.raises(HcclError):
             comm.all_reduce(np.zeros(4, np.int32))  # out of use from now on
         comm.destroy()  # must not wait for the dead
-
-
-def shared_memory_entries() -> set[str]:
-    return set(os.listdir("/dev/shm"))
 
 
 def test_dead_peer_is_reported_soon_and_leaves_nothing(launch, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from mc2 import (
     quantised,
     to_rows,
 )  # fmt: skip
-from ranks import World, from_bf16, to_bf16
+from ranks import World, from_bf16, shared_memory_entries, to_bf16
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -304,11 +304,11 @@ def killed_between(world: World) -> None:
 
 
 def test_dead_peer(launch) -> None:
-    before = set(os.listdir("/dev/shm"))
+    before = shared_memory_entries()
     results = launch(2, "test_mc2:killed_between", env=RELAXED)
     results[0].failed_with(FAILED, "MoeDistributeCombine #2", "waits for rank 1", "whose process has died")
     assert results[0].seconds < 5
-    assert set(os.listdir("/dev/shm")) == before
+    assert shared_memory_entries() == before
 
 
 def three_dispatches(world: World) -> list[float]:
