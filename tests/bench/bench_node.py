@@ -14,6 +14,7 @@ import io
 import itertools
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from bench_cells import (  # noqa: E402  (this line and the next ones need the p
     DP_SIZE,
     INPUT_LEN,
     OUTPUT_LEN,
+    OWN_SKIP,
     SETUPS,
     Arm,
     Load,
@@ -51,7 +53,10 @@ DEVICE_TIMEOUT_S = 20
 
 def arguments(setup: Setup, arm: Arm) -> list[str]:
     """Flags of the node, beside those of a small one."""
-    flags = ["--max-num-batched-tokens", str(8 * setup.largest_step)]
+    # Above the MC2 capacity, or stock without the recompute scheduler would skip too. With its own skip two prompts in
+    # a step would leave MC2 then, and it would hang.
+    budget = setup.largest_step if arm is OWN_SKIP else 8 * setup.largest_step
+    flags = ["--max-num-batched-tokens", str(budget)]
     if setup.drafts:
         method = "deepseek_mtp" if setup.version == "0.11.0" else "mtp"
         speculative = {"method": method, "num_speculative_tokens": setup.drafts}
@@ -78,15 +83,18 @@ def bench_serve(url: str, model: Path, load: Load) -> list[dict[str, Any]]:
     """
     from vllm.benchmarks.serve import add_cli_args, main_async
 
-    parser = argparse.ArgumentParser()
-    add_cli_args(parser)
+    def parse(command: list[str]) -> argparse.Namespace:
+        parser = argparse.ArgumentParser()
+        add_cli_args(parser)  # a new one each time: it has the beginning of the request ids
+        return parser.parse_args(command)
+
     common = [
         *("--backend", "openai", "--base-url", url, "--endpoint", "/v1/completions", "--ignore-eos"),
         *("--model", str(model), "--served-model-name", "toy", "--dataset-name", "random", "--disable-tqdm"),
         *("--random-input-len", str(INPUT_LEN), "--random-output-len", str(OUTPUT_LEN), "--random-range-ratio", "0"),
         *("--ready-check-timeout-sec", "0", "--percentile-metrics", "tpot", "--metric-percentiles", "50,99"),
     ]
-    runs = [parser.parse_args([*common, *command]) for command in load.commands]
+    runs = [parse([*common, *command]) for command in load.commands]
 
     async def together() -> list[dict[str, Any]]:
         return await asyncio.wait_for(asyncio.gather(*map(main_async, runs)), LOAD_TIMEOUT_S)
@@ -170,7 +178,7 @@ def run(setup: Setup, folder: Path, count: int) -> list[Measured]:
                 window = Window(**which, **measure(nodes, arms[arm.name], model, load, delay_us))
             except (DemoError, TimeoutError, OSError) as error:
                 failed[arm.name] = reason(error, arms[arm.name])
-                say(f"{setup.name}, {arm.name}: {failed[arm.name]}")
+                say(f"{setup.name}, {arm.name}: {failed[arm.name]}\n{error}")
             else:
                 windows.append(window)
                 say(f"{arm.name}: {load.name}, {delay_us} us, TPOT {window.tpot_ms_p50:.1f} ms")
@@ -205,6 +213,7 @@ def main() -> int:
     for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
         del os.environ[name]
     setup = next(setup for setup in SETUPS if setup.name == options.setup)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no node and no namespace is left behind
     try:
         measured = run(setup, options.output, options.turns)
     except (DemoError, TwoNodesError) as error:
