@@ -15,6 +15,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / folder) for folder in ("examples", "tests/serve")]
+sys.path[:0] = [str(ROOT / folder) for folder in ("examples", "tests/serve", "tests/versions")]
 
 from bench_cells import (  # noqa: E402  (this line and the next ones need the path above)
     BASELINE,
@@ -40,6 +41,7 @@ from bench_cells import (  # noqa: E402  (this line and the next ones need the p
     to_json,
 )
 from demo import say  # noqa: E402
+from readme_part import with_part  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 LAST = HERE / "last_bench.json"
@@ -52,7 +54,14 @@ def run(setup: Setup, folder: Path, turns: int) -> list[dict[str, Any]] | None:
     """What was measured; None when that failed, which the output tells."""
     python = ROOT / "build" / f"venv-{setup.version}" / "bin" / "python"
     command = [str(python), str(HERE / "bench_node.py"), setup.name, "--output", str(folder), "--turns", str(turns)]
-    if subprocess.run(command, cwd=ROOT, check=False).returncode:
+    with subprocess.Popen(command, cwd=ROOT) as node:
+        try:
+            code = node.wait()
+        except BaseException:  # also Ctrl-C: it has nodes and namespaces to take down, which nobody else knows
+            node.terminate()
+            node.wait()
+            raise
+    if code:
         return None
     found: list[dict[str, Any]] = json.loads((folder / "measured.json").read_text())
     return found
@@ -134,10 +143,6 @@ def section(cells: Sequence[Cell], about: dict[str, Any]) -> str:
     )
 
 
-def with_section(readme: str, text: str) -> str:
-    return re.sub(f"(?<={re.escape(BEGIN)}).*(?={re.escape(END)})", lambda _: text, readme, flags=re.DOTALL)
-
-
 def write(cells: Sequence[Cell], about: dict[str, Any], path: Path) -> None:
     """The three files, with the name of `path`."""
     path.write_text(to_json(cells, about))
@@ -155,10 +160,11 @@ def main() -> int:
     if options.again:
         cells, described = from_json(LAST.read_text())
         write(cells, described, LAST)
-        README.write_text(with_section(README.read_text(), section(cells, described)))
+        README.write_text(with_part(README.read_text(), BEGIN, section(cells, described), END))
         return 0
     if unknown := set(options.setups) - {setup.name for setup in SETUPS}:
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {'; '.join(setup.name for setup in SETUPS)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     shutil.rmtree(options.output, ignore_errors=True)
     options.output.mkdir(parents=True)
     began = time.monotonic()
@@ -179,7 +185,7 @@ def main() -> int:
         print(section(cells, described))
     if not failed and not options.setups:
         write(cells, described, LAST)
-        README.write_text(with_section(README.read_text(), section(cells, described)))
+        README.write_text(with_part(README.read_text(), BEGIN, section(cells, described), END))
     for name in failed:
         say(f"FAILED {name}")
     return 1 if failed else 0

@@ -44,7 +44,6 @@ def of_calls() -> dict[str, Spread]:
     import stock_checks
     import vllm_ascend.ops
     import vllm_ascend.utils
-    from vllm_ascend.ops.moe.token_dispatcher import TokenDispatcherWithMC2
     from vllm_ascend.worker.model_runner_v1 import NPUModelRunner
 
     from dp_sync_patch import plan, runtime
@@ -56,18 +55,7 @@ def of_calls() -> dict[str, Spread]:
     runner.vllm_config, runner.parallel_config = config, config.parallel_config
     runner.dp_size, runner.dp_rank, runner.use_aclgraph = DP_SIZE, 1, False
     runner.mc2_tokens_capacity = LARGEST_STEP
-    dispatcher = object.__new__(TokenDispatcherWithMC2)
-    dispatcher.__dict__.update(
-        with_quant=False,
-        moe_all_to_all_group_name="group",
-        ep_world_size=DP_SIZE,
-        ep_rank_id=1,
-        need_extra_args=True,
-        a3_need_extra_args=True,
-        enable_dispatch_v2=True,
-        need_expert_scale=False,
-        mc2_mask=torch.ones(LARGEST_STEP, dtype=torch.bool),
-    )
+    dispatcher = stock_checks.mc2_dispatcher(LARGEST_STEP)
     hidden, weights = torch.zeros(LARGEST_STEP, 8), torch.ones(LARGEST_STEP, 8)
     ids, expert_map = torch.zeros(LARGEST_STEP, 8, dtype=torch.int32), torch.arange(256)
 

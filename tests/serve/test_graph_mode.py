@@ -190,6 +190,10 @@ def test_ranks_agree_on_the_graph_mode(baseline: Baseline, tmp_path: Path) -> No
         assert {(event.get("backend"), event["kind"], event["bytes"]) for event in serving} == {
             ("gloo", "all_reduce", 4)
         }
+        # Begun early, and the host waited for each of them.
+        waits = [event for event in events if event["ev"] == "collective_wait" and event["step"] in steps]
+        assert Counter(event["step"] for event in waits) == dict.fromkeys(steps, 1)
+        assert {event["group"] for event in waits} == {"dp:0"}
         by_mode = [
             steps_with(events, ev="ep", op="dispatch", mode=mode).keys() & set(steps) for mode in ("graph", "eager")
         ]

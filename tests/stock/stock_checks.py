@@ -251,25 +251,36 @@ def selector(folder: str) -> dict[str, Any]:
     return found
 
 
+def mc2_dispatcher(rows: int, **more: Any) -> Any:
+    """0.11.0's, without the device that its constructor wants: the attributes that its arguments are made of."""
+    import torch
+    from vllm_ascend.ops.moe.token_dispatcher import TokenDispatcherWithMC2
+
+    dispatcher = object.__new__(TokenDispatcherWithMC2)
+    dispatcher.__dict__.update(
+        with_quant=False,
+        moe_all_to_all_group_name="group",
+        ep_world_size=4,
+        ep_rank_id=1,
+        need_extra_args=True,
+        a3_need_extra_args=True,
+        enable_dispatch_v2=True,
+        need_expert_scale=False,
+        mc2_mask=torch.ones(rows, dtype=torch.bool),
+        **more,
+    )
+    return dispatcher
+
+
 def operator_arguments(folder: str) -> dict[str, Any]:
     """Arguments of dispatch and combine as stock builds them, with and without the skip."""
     import torch
     import vllm_ascend.ops
     import vllm_ascend.worker.model_runner_v1  # noqa: F401
-    from vllm_ascend.ops.moe.token_dispatcher import TokenDispatcherWithMC2
 
     def arguments(rows: int) -> dict[str, Any]:
-        dispatcher = object.__new__(TokenDispatcherWithMC2)
-        dispatcher.__dict__.update(
-            with_quant=False,
-            moe_all_to_all_group_name="group",
-            ep_world_size=4,
-            ep_rank_id=1,
-            need_extra_args=True,
-            a3_need_extra_args=True,
-            enable_dispatch_v2=True,
-            need_expert_scale=False,
-            mc2_mask=torch.ones(rows, dtype=torch.bool),
+        dispatcher = mc2_dispatcher(
+            rows,
             assist_info_for_combine=None,
             ep_recv_counts=None,
             expand_scales=None,

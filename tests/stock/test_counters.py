@@ -18,7 +18,6 @@ import stock_checks
 import torch
 import vllm_ascend.ops
 import vllm_ascend.utils
-from vllm_ascend.ops.moe.token_dispatcher import TokenDispatcherWithMC2
 from vllm_ascend.worker.model_runner_v1 import NPUModelRunner
 from dp_sync_patch import metrics, runtime
 from dp_sync_patch.errors import MC2OnlyError
@@ -53,12 +52,7 @@ counted("profile run", lambda: sync(3, False, False))
 counted("selector in a profile run", lambda: runner._select_moe_comm_method(17, False))
 runtime.in_profile_run, runner.dp_size = False, 4
 
-dispatcher = object.__new__(TokenDispatcherWithMC2)
-dispatcher.__dict__.update(
-    with_quant=False, moe_all_to_all_group_name="group", ep_world_size=4, ep_rank_id=1, need_extra_args=True,
-    a3_need_extra_args=True, enable_dispatch_v2=True, need_expert_scale=False,
-    mc2_mask=torch.ones(17, dtype=torch.bool),
-)
+dispatcher = stock_checks.mc2_dispatcher(17)
 def dispatch(rows):
     ids, weights = torch.zeros(rows, 8, dtype=torch.int32), torch.ones(rows, 8)
     dispatcher.get_dispatch_mc2_kwargs(torch.zeros(rows, 4), weights, ids, torch.arange(16))

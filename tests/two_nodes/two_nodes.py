@@ -120,9 +120,13 @@ class TwoNodes:
                     code = ctypes.get_errno()
                     raise TwoNodesError(f"a thread could not enter node {node}: {os.strerror(code)}")
 
-        with ThreadPoolExecutor(1) as thread:
+        thread = ThreadPoolExecutor(1)
+        try:
             thread.submit(enter).result()
             return thread.submit(function).result()
+        finally:
+            # When the caller is interrupted, what the thread waits for may only end after it.
+            thread.shutdown(wait=False)
 
     def set(self, link: Link) -> None:
         """From now on; packets that are under way keep their time."""

@@ -31,6 +31,7 @@ from bench_cells import (
     table,
     to_json,
 )
+from readme_part import with_part
 
 WINDOW = Window("even", 1000, 0, "stock", 10.0, 20.0, 5.0, 9.0, 100.0)
 ABOUT = {"date": "2026-11-29", "minutes": 1, "turns": 2, "cores": 2, "machine": "a machine"}
@@ -140,9 +141,16 @@ def test_the_table_shows_one_delay() -> None:
         "|  | stock, own skip | failed: timeout, waited 20 s |  |  |  |  |",
     ]
     text = f"before\n{bench.BEGIN}old\n{bench.END}after\n"
-    changed = bench.with_section(text, bench.section(cells, ABOUT))
+    changed = with_part(text, bench.BEGIN, bench.section(cells, ABOUT), bench.END)
     assert changed.startswith(f"before\n{bench.BEGIN}| node, load |")
     assert changed.endswith(f"2 cores of a machine.\n{bench.END}after\n")
+
+
+def test_readme_has_a_place_for_the_figures() -> None:
+    readme = bench.README.read_text()
+    assert bench.BEGIN in with_part(readme, bench.BEGIN, "new\n", bench.END)
+    with pytest.raises(ValueError, match="README needs '<!-- figures: make bench -->'"):
+        with_part(readme.replace(bench.END, ""), bench.BEGIN, "new\n", bench.END)
 
 
 def test_setups() -> None:

@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import re
 import subprocess
 import sys
 import time
@@ -20,6 +19,8 @@ from collections import Counter
 from datetime import date
 from pathlib import Path
 from typing import Any
+
+from readme_part import with_part
 
 from dp_sync_patch import stock
 from dp_sync_patch.patches import TRIGGERS, points_of
@@ -133,11 +134,6 @@ def load(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
-def with_table(readme: str, text: str) -> str:
-    """README with the table between its two marks."""
-    return re.sub(f"(?<={re.escape(BEGIN)}).*(?={re.escape(END)})", lambda _: text, readme, flags=re.DOTALL)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
@@ -158,7 +154,7 @@ def main() -> int:
         results = load(RESULT) | {version: result}
         RESULT.write_text(json.dumps({name: results[name] for name in known if name in results}, indent=2) + "\n")
         text = table(results, load(NEWER))
-        README.write_text(with_table(README.read_text(), text))
+        README.write_text(with_part(README.read_text(), BEGIN, text, END))
         print(text, flush=True)
     return 0 if good else 1
 

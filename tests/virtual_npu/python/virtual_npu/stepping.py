@@ -110,10 +110,10 @@ class _Begun(wrapt.ObjectProxy):  # type: ignore[misc]
         self._self_ledger = ledger
         self._self_group = group
 
-    def wait(self, *args: Any) -> Any:
+    def wait(self, *args: Any, **kwargs: Any) -> Any:
         begin = time.perf_counter()
         try:
-            return self.__wrapped__.wait(*args)
+            return self.__wrapped__.wait(*args, **kwargs)
         finally:
             host_us = (time.perf_counter() - begin) * 1e6
             self._self_ledger.note("collective_wait", backend="gloo", group=self._self_group, host_us=host_us)
@@ -145,7 +145,7 @@ def _watch_gloo(ledger: Ledger) -> None:
                     bytes=sum(tensor.nbytes for tensor in tensors),
                     host_us=(time.perf_counter() - begin) * 1e6,
                 )
-            return _Begun(result, ledger, name) if kwargs.get("async_op") else result
+            return result if result is None else _Begun(result, ledger, name)
 
         return call
 
