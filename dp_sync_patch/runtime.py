@@ -41,7 +41,7 @@ class _Latched:
 skip_sizes: Sizes | None = None
 sync_graph_mode = False
 uniform_batches = False
-in_draft_passes = False  # set by `patches.metadata_sync`
+in_draft_passes = False  # set by `patches.draft_passes`
 in_profile_run = False  # set by `patches.startup`; all ranks profile together
 _latched: _Latched | None = None
 _runner: Any = None  # the model runner that the skip is in force for

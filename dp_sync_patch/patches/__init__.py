@@ -8,6 +8,7 @@ need it import nothing more than they would without the overlay.
 
 import importlib
 import inspect
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -94,7 +95,8 @@ def describe(function: Any) -> str:
         function = function.__func__
     signature = inspect.signature(function)
     parameters = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
-    return str(signature.replace(parameters=parameters, return_annotation=inspect.Signature.empty))
+    described = str(signature.replace(parameters=parameters, return_annotation=inspect.Signature.empty))
+    return re.sub(r"<function .*? at 0x[0-9a-f]+>", "<function>", described)  # a default; the address is the process's
 
 
 class Registry:
@@ -233,7 +235,7 @@ STAND_INS = {
 def points_of(unit: str, version: str) -> list[PatchPoint]:
     """The points of a unit for one vllm-ascend version. Imports the wrappers, hence torch: never at package import."""
     modules = {
-        "worker": ("startup", "metadata_sync", "graph_mode", "comm_selector", "mc2_arguments"),
+        "worker": ("startup", "metadata_sync", "draft_passes", "graph_mode", "comm_selector", "mc2_arguments"),
         "engine": ("scheduler_bound",),
     }
     found: list[PatchPoint] = []

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The DP metadata all_reduce of target and draft passes, and the number of draft passes that depended on it."""
+"""The DP metadata all_reduce of target and draft passes."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from vllm.forward_context import BatchDescriptor
 
 from dp_sync_patch import metrics, runtime
 from dp_sync_patch.patches import PatchPoint, Place, points_at
@@ -18,7 +17,7 @@ def skip_all_reduce(wrapped: Callable[..., Any], instance: Any, args: tuple[Any,
     """0.11.0, in `skip`: the local count, no communication. Profile runs stay with stock."""
     if runtime.in_profile_run:
         return wrapped(*args, **kwargs)
-    result = _local_result(instance, *args, **kwargs) if runtime.skip_sizes is not None else wrapped(*args, **kwargs)
+    result = local_result(instance, *args, **kwargs) if runtime.skip_sizes is not None else wrapped(*args, **kwargs)
     _count(args[0] if args else kwargs["num_tokens"], result[0])
     return result
 
@@ -74,7 +73,7 @@ def _drafter_is_dense(vllm_config: Any, is_draft_model: bool = False) -> bool:
     return not is_drafter_moe_model(vllm_config)
 
 
-def _local_result(runner: Any, num_tokens: int, with_prefill: bool, enable_dbo: bool) -> SyncResult:
+def local_result(runner: Any, num_tokens: int, with_prefill: bool, enable_dbo: bool) -> SyncResult:
     """What stock would return if every rank had this rank's count.
 
     Returns:
@@ -83,51 +82,13 @@ def _local_result(runner: Any, num_tokens: int, with_prefill: bool, enable_dbo: 
         num_tokens_across_dp: CPU int32 [dp_size], new for every call since stock code writes into it; vLLM asserts
             that the own entry is the final local count, the other entries are read by nobody who uses MC2.
         with_prefill: the local flag. On the MC2 path it steers only local work, and the number of draft passes,
-            which `level_draft_passes` makes equal again.
+            which `draft_passes.level_draft_passes` makes equal again.
         enable_dbo: as given; the plan refuses DBO.
     """
     if runner.use_aclgraph and num_tokens <= runner.aclgraph_batch_sizes[-1]:
         num_tokens = runner.vllm_config.pad_for_cudagraph(num_tokens)
     counts = torch.full((runner.dp_size,), num_tokens, dtype=torch.int32, device="cpu")
     return num_tokens, counts, with_prefill, enable_dbo
-
-
-def level_draft_passes(
-    wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """In `skip`: make a batch with prefill run as many draft passes as the other ranks do.
-
-    Stock's proposer stops after the first of k passes when with_prefill is set, on all ranks because the all_reduce
-    spread the flag. With a local flag that rank would issue fewer MC2 operators than its peers, and they would hang.
-    """
-    runtime.in_draft_passes = True
-    try:
-        drafts = wrapped(*args, **kwargs)
-        if runtime.skip_sizes is not None and instance.num_speculative_tokens > 1 and instance.runner.with_prefill:
-            _run_missing_passes(instance)
-        return drafts
-    finally:
-        runtime.in_draft_passes = False
-
-
-def _run_missing_passes(proposer: Any) -> None:
-    """As dummies, the way an idle rank runs them: no attention, no KV writes, result dropped."""
-    runner = proposer.runner
-    passes = proposer.num_speculative_tokens
-    metrics.counts.draft_passes_added += passes - 1
-    num_tokens = _local_result(runner, runner.decode_token_per_req, False, False)[0]
-    mode, descriptor = runner.aclgraph_dispatcher.dispatch(BatchDescriptor(num_tokens=num_tokens, uniform_decode=False))
-    proposer.num_speculative_tokens = passes - 1  # dummy_run makes this many passes
-    try:
-        proposer.dummy_run(
-            num_tokens=num_tokens,
-            with_prefill=False,
-            skip_attn=True,
-            aclgraph_runtime_mode=mode,
-            batch_descriptor=descriptor,
-        )
-    finally:
-        proposer.num_speculative_tokens = passes
 
 
 _RUNNER = "vllm_ascend.worker.model_runner_v1"
@@ -175,20 +136,5 @@ POINTS = (
         how="Stock's method, then the counters.",
         upstream="vllm-ascend#4983",
         remove_when="With decide_skip.",
-    ),
-    PatchPoint(
-        unit="worker",
-        module="vllm_ascend.spec_decode.mtp_proposer",
-        name="MtpProposer._propose",
-        wrapper=level_draft_passes,
-        signature=(
-            "(self, target_token_ids, target_positions, target_hidden_states, target_slot_mapping, next_token_ids, "
-            "cu_num_tokens, block_table, sampling_metadata, token_indices=None)"
-        ),
-        why="The number of draft passes depends on with_prefill, which is local once the all_reduce is gone.",
-        how="In skip, after a batch with prefill: k - 1 dummy draft passes.",
-        upstream="vllm#26086, vllm-ascend#2454",
-        remove_when="Stock runs the same number of draft passes whatever is in the batch.",
-        versions="==0.11.0",
     ),
 )

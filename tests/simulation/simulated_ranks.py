@@ -29,7 +29,7 @@ from dp_sync_patch import agreement, runtime, settings
 from dp_sync_patch.agreement import Verdict
 from dp_sync_patch.errors import AgreementError, MC2OnlyError
 from dp_sync_patch.facts import Facts
-from dp_sync_patch.patches import comm_selector, graph_mode, mc2_arguments, metadata_sync, scheduler_bound
+from dp_sync_patch.patches import comm_selector, draft_passes, graph_mode, mc2_arguments, metadata_sync, scheduler_bound
 from dp_sync_patch.plan import OPERATOR_LIMIT, Plan, Sizes, State, concerns, make_plan
 
 VOTE_EVERY = 4  # steps; 32 in vLLM
@@ -412,7 +412,7 @@ class Rank:
         if self.step and self.behaviour.own_skip:
             self._propose(num_tokens, prefill)  # not patched there
         elif self.step:
-            self.wrapped(metadata_sync.level_draft_passes, self._propose, num_tokens, prefill)
+            self.wrapped(draft_passes.level_draft_passes, self._propose, num_tokens, prefill)
         else:
             self.dummy_run(num_tokens, aclgraph_runtime_mode=self.mode)
 

@@ -21,7 +21,7 @@ from vllm.forward_context import BatchDescriptor
 from dp_sync_patch import agreement, live, metrics, plan, runtime
 from dp_sync_patch.errors import AgreementError, MC2OnlyError, logger
 from dp_sync_patch.facts import Facts
-from dp_sync_patch.patches import comm_selector, graph_mode, mc2_arguments, metadata_sync, scheduler_bound
+from dp_sync_patch.patches import comm_selector, draft_passes, graph_mode, mc2_arguments, metadata_sync, scheduler_bound
 from dp_sync_patch.plan import State
 from dp_sync_patch.stock import KNOWN
 
@@ -338,7 +338,7 @@ def _no_grid(runner: Any, num_tokens: int, with_prefill: bool, enable_dbo: bool)
 
 def _by_step(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Synchronises the steps that look dangerous, which only one rank can see."""
-    return wrapped(*args, **kwargs) if args[1] else metadata_sync._local_result(instance, *args)
+    return wrapped(*args, **kwargs) if args[1] else metadata_sync.local_result(instance, *args)
 
 
 def _keeping(name: str) -> Callable[..., Any]:
@@ -377,8 +377,8 @@ def _at_most_sync(planned: State, verdict: agreement.Verdict, *, own_skip: bool)
 # Object, attribute, what stands there instead, and a deployment in which it shows.
 MUTANTS: dict[str, tuple[Any, str, Any, Node]] = {
     "no clamp": (scheduler_bound, "clamp_token_budget", _unwrapped, node(small("0.11.0"))),
-    "drafts not levelled": (metadata_sync, "level_draft_passes", _unwrapped, node(small("0.11.0", 2))),
-    "no padding to graphs": (metadata_sync, "_local_result", _no_grid, node(graphs("0.11.0", capture_sizes=(2, 4)))),
+    "drafts not levelled": (draft_passes, "level_draft_passes", _unwrapped, node(small("0.11.0", 2))),
+    "no padding to graphs": (metadata_sync, "local_result", _no_grid, node(graphs("0.11.0", capture_sizes=(2, 4)))),
     "a decision by step": (metadata_sync, "skip_all_reduce", _by_step, node(small("0.11.0"))),
     "stock's own decision": (metadata_sync, "decide_skip", _unwrapped, node(SYNCHRONISED["0.13.0, kv_both"])),
     "stock's global_bs": (mc2_arguments, "fix_dispatch_arguments", _keeping("global_bs"), node(small("0.11.0"))),

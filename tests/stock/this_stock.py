@@ -62,6 +62,7 @@ _WORKER = {
         *_SKIPS,
         f"{_RUNNER}:NPUModelRunner._sync_batch_across_dp",
         _SYNC,
+        "vllm_ascend.spec_decode.eagle_proposer:SpecDecodeBaseProposer.dummy_run",
         *_GRAPH_MODES,
         *_SELECTORS,
         *_FUSED,

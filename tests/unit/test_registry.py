@@ -97,6 +97,12 @@ def test_a_point_covers_its_versions_only() -> None:
     assert not OWN.covers("0.12.0")
 
 
+def test_a_default_that_is_a_function_has_no_address() -> None:
+    def with_function(self: Any, number: int, logits: Any = lambda hidden: hidden, *, scale: int = 1) -> None: ...
+
+    assert describe(with_function) == "(self, number, logits=<function>, *, scale=1)"
+
+
 def test_field_case_40_all_forms_are_wrapped_and_call_through(target: Any) -> None:
     registry = Registry()
     points = [OWN, STATIC, CLASSMETHOD, KEYWORD]

@@ -26,8 +26,8 @@ from typing import Any
 
 from dp_sync_patch.patches import TRIGGERS, PatchPoint, points_of
 
-# What the overlay reads or writes without patching it (live.py, metadata_sync.py). Each entry lists alternatives, as
-# live.py tries them; one has to exist.
+# What the overlay reads or writes without patching it (live.py, metadata_sync.py, draft_passes.py). Each entry lists
+# alternatives, as live.py tries them; one has to exist.
 READS = (
     (
         "vllm_ascend.ascend_forward_context:_mc2_tokens_capacity",
@@ -137,6 +137,9 @@ class _Default:
     """A default value as it stands in the source; literals in the form that `repr` gives them."""
 
     def __init__(self, node: ast.expr) -> None:
+        if isinstance(node, ast.Lambda):
+            self._text = "<function>"
+            return
         try:
             self._text = repr(ast.literal_eval(node))
         except ValueError:

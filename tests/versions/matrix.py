@@ -39,6 +39,7 @@ _COLUMN_OF = {
     "tests.versions.test_hazards": "hazards shown",
     "tests.versions.test_graphs.test_stock": "hazards shown",
     "tests.versions.test_graphs": "skip proven",
+    "tests.versions.test_draft_passes.test_stock": "hazards shown",
     "tests.versions.test_draft_passes": "drafts",
     "tests.versions.test_w8a8": "skip proven",
     "tests.versions": "refusals",
