@@ -13,7 +13,7 @@ NPU_SOURCES := $(shell find tests/virtual_npu -type f -not -name '*.md' -not -pa
 
 BENCH_VERSIONS := 0.11.0 0.13.0 0.23.0
 
-.PHONY: help setup demo test test-newest test-long soak matrix bench bench-cost lint clean
+.PHONY: help setup demo test test-newest test-long soak matrix bench bench-cost scale lint clean
 help:
 	@echo "make demo   prefill/decode pair over HTTP, stock against overlay; writes build/demo/report.json (ARGS=--help)"
 	@echo "make test   lint, type check and all default tests"
@@ -22,6 +22,7 @@ help:
 	@echo "make matrix  all supported stock versions, one after another (some hours); VERSIONS=\"0.18.0 0.23.0\" for some"
 	@echo "make bench  stock against overlay on two nodes with a link between them; ARGS='\"0.23.0, async\"' for a part"
 	@echo "make bench-cost  what the overlay itself costs, per call and at import"
+	@echo "make scale  what the all_reduce costs with 2 to 256 ranks: a model, held against measured times"
 	@echo "make lint   ruff and mypy only"
 	@echo "make clean  remove build/"
 
@@ -51,6 +52,9 @@ bench:
 
 bench-cost: setup
 	$(PY) tests/bench/cost.py
+
+scale: setup
+	$(PY) tests/bench/scale.py
 
 lint: $(VENV)/.stock
 	$(PY) -m ruff check .

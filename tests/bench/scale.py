@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make scale`: what the DP metadata all_reduce costs in a step, for 2 to 256 ranks, by a model that is checked here.
+
+Gloo reduces a vector over n ranks in a ring (gloo/allreduce.cc): it cuts the vector into 2 n segments of whole
+elements, passes each on from rank to rank to add them up, and once more to hand out the sums. Two segments of a rank
+are under way at a time, an empty one is left out, and a rank sends a segment only when the receiver has told it that it
+waits for one. So a segment that goes to another node pays the delay of the link twice, unless the receiver was early.
+`ring_us` follows exactly that, message by message. With a hop of 0 it counts how often the link is crossed.
+
+On one machine the ranks share the cores, so that the time of a hop grows with their number. What is measured with a
+delay therefore has to lie between the delays alone, and these and all that is measured without a delay.
+What the model leaves out: ranks that come late, jitter and loss, which all only add to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / folder) for folder in ("examples", "tests/serve", "tests/two_nodes")]
+
+from demo import free_port  # noqa: E402  (this line and the next one need the path above)
+from two_nodes import ADDRESSES, DEVICE, Link, TwoNodes, TwoNodesError  # noqa: E402
+
+MEASURED_SIZES = (2, 4, 8, 16)
+DELAYS_US = (0, 250, 1000, 5000)
+CALLS = 20
+# Of a measured time: what the link itself and the barrier before a call add.
+TOLERANCE, TOLERANCE_US = 0.1, 300
+SHEET_SIZES = (2, 4, 8, 16, 32, 64, 128, 256)
+RANKS_PER_NODE = 16
+
+
+@dataclass(frozen=True)
+class Vector:
+    """What is reduced: `per_rank` numbers (int32) for each rank, and `flags` more."""
+
+    name: str
+    per_rank: int
+    flags: int
+
+    def elements(self, size: int) -> int:
+        return self.per_rank * size + self.flags
+
+
+VECTORS = (
+    Vector("stock 0.12.0rc1, 0.13.0", 1, 2),  # 0.12.0rc1 has one flag less, which changes nothing
+    Vector("stock 0.18.0, 0.23.0", 2, 0),  # drafts of 0.18.0: as above
+    Vector("overlay, graph level sync", 0, 1),
+)
+
+
+def ring_us(size: int, elements: int, per_node: int, hop_us: float, delay_us: float) -> float:
+    """Microseconds of an all_reduce over `size` ranks that begin together, `per_node` of them on each node.
+
+    Args:
+        hop_us: from one rank to another one, wherever it is: for a segment, and for the word that one is waited for.
+        delay_us: one way, on top of that between two nodes.
+    """
+    segments = 2 * size
+    length = -(-elements // segments)
+
+    def takes(sender: int, receiver: int) -> float:
+        return hop_us + (delay_us if sender // per_node != receiver // per_node else 0.0)
+
+    begun = [0.0] * size
+    for first in (1, 0):  # adding up, handing out: the chunk of this rank (of two segments) that goes first
+        posted: list[list[float]] = []  # when each rank has posted its n-th send and receive
+        for turn in range(segments):
+            now = list(posted[-1] if posted else begun)
+            if turn >= 2:
+                before = posted[turn - 2]
+                for receiver in range(size):
+                    sender = (receiver + 1) % size
+                    segment = (2 * (sender + first) + turn - 2) % segments
+                    if segment * length >= elements:
+                        continue
+                    sent = max(before[sender], before[receiver] + takes(receiver, sender))
+                    now[sender] = max(now[sender], sent)
+                    now[receiver] = max(now[receiver], sent + takes(sender, receiver))
+            posted.append(now)
+        begun = posted[-1]
+    return max(begun)
+
+
+def crossings(size: int, vector: Vector, per_node: int = RANKS_PER_NODE) -> int:
+    """How many times one after another the link is crossed; of 16 ranks or less half are on each of two nodes."""
+    return round(ring_us(size, vector.elements(size), min(per_node, size // 2), 0, 1))
+
+
+@dataclass(frozen=True)
+class Point:
+    """A median in microseconds, and that of all calls the least and the largest."""
+
+    size: int
+    vector: Vector
+    delay_us: int
+    median_us: float
+    least_us: float
+    largest_us: float
+
+
+def rank_main(rank: int, size: int, node: int, port: int) -> None:
+    """A rank; reads the numbers of elements and of calls from stdin, line by line, and answers with their times."""
+    import torch
+    from torch import distributed
+    from torch.utils.benchmark import timer
+
+    torch.set_num_threads(1)
+    store = distributed.TCPStore(ADDRESSES[0], port, size, is_master=rank == 0)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        elements, calls = map(int, line.split())
+        taken = []
+        for _ in range(calls):
+            distributed.barrier()  # all begin at about the same time
+            counts = torch.zeros(elements, dtype=torch.int32)
+            began = timer()
+            distributed.all_reduce(counts)
+            taken.append((timer() - began) * 1e6)
+        print(json.dumps(taken), flush=True)
+    distributed.destroy_process_group()
+
+
+def measure(nodes: TwoNodes, size: int) -> list[Point]:
+    """All delays and vectors, with `size` ranks, half of them on each node."""
+    port = free_port(set())
+    ranks = []
+    for rank in range(size):
+        node = rank // (size // 2)
+        command = [sys.executable, __file__, "--rank", *map(str, (rank, size, node, port))]
+        own = {"GLOO_SOCKET_IFNAME": DEVICE, "OMP_NUM_THREADS": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+        ranks.append(
+            subprocess.Popen(
+                nodes.on(node, *command),
+                env={**os.environ, **own},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        )
+
+    def ask(elements: int, calls: int) -> list[list[float]]:
+        for process in ranks:
+            assert process.stdin is not None
+            process.stdin.write(f"{elements} {calls}\n")
+            process.stdin.flush()
+        return [json.loads(read(process)) for process in ranks]
+
+    try:
+        for process in ranks:
+            if read(process) != "ready":
+                raise TwoNodesError(f"a rank of {size} did not start")
+        points = []
+        for delay_us in DELAYS_US:
+            nodes.set(Link(delay_us))
+            for vector in VECTORS:
+                ask(vector.elements(size), 3)
+                # A call has taken as long as its slowest rank.
+                taken = [max(times) for times in zip(*ask(vector.elements(size), CALLS), strict=True)]
+                points.append(Point(size, vector, delay_us, statistics.median(taken), min(taken), max(taken)))
+        return points
+    finally:
+        for process in ranks:
+            assert process.stdin is not None
+            process.stdin.close()
+        for process in ranks:
+            process.wait(timeout=60)
+
+
+def read(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def check(points: Sequence[Point]) -> tuple[str, bool]:
+    """Measured beside modelled, in Markdown, and whether every point is where the model has it."""
+    own = {(point.size, point.vector): point.median_us for point in points if point.delay_us == 0}
+    lines = ["| vector | ranks | delay, ms | measured, ms (least-largest) | model, ms | |\n|---|---|---|---|---|---|\n"]
+    all_hold = True
+    for point in points:
+        delays_us = crossings(point.size, point.vector, point.size // 2) * point.delay_us
+        with_own_us = delays_us + own[point.size, point.vector]
+        low, high = delays_us * (1 - TOLERANCE) - TOLERANCE_US, with_own_us * (1 + TOLERANCE) + TOLERANCE_US
+        holds = low <= point.median_us <= high
+        all_hold &= holds
+        measured = f"{point.median_us / 1000:.2f} ({point.least_us / 1000:.2f}-{point.largest_us / 1000:.2f})"
+        model = f"{delays_us / 1000:.2f} to {with_own_us / 1000:.2f}"
+        lines.append(
+            f"| {point.vector.name} | {point.size} | {point.delay_us / 1000:g} | {measured} | {model} | "
+            f"{'' if holds else '**does not hold**'} |\n"
+        )
+    return "".join(lines), all_hold
+
+
+def sheet() -> str:
+    """Crossings of the link by one all_reduce, in Markdown. A step makes one, and one more for each round of drafts."""
+    lines = [f"| | {' | '.join(f'DP{size}' for size in SHEET_SIZES)} |\n|{'---|' * (1 + len(SHEET_SIZES))}\n"]
+    for vector in VECTORS:
+        lines.append(f"| {vector.name} | {' | '.join(str(crossings(size, vector)) for size in SHEET_SIZES)} |\n")
+    return "".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rank", nargs=4, type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.rank:
+        rank_main(*options.rank)
+        return 0
+    try:
+        with TwoNodes(ROOT / "build" / "two_nodes") as nodes:
+            points = [point for size in MEASURED_SIZES for point in measure(nodes, size)]
+    except TwoNodesError as error:
+        print(error, file=sys.stderr)
+        return 1
+    told, holds = check(points)
+    print(f"{told}\n{sheet()}", end="")
+    return 0 if holds else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
