@@ -106,12 +106,17 @@ VERSIONS = tuple(dict.fromkeys(setup.version for setup in SETUPS))
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one measurement. Steps are those of all ranks that began in it; times of the host in microseconds."""
+    """Of one measurement. Steps are those of all ranks that began in it; times of the host in microseconds.
+
+    `begun_early_us_p50`: in steps with requests, how long a collective that was begun early went on before the host
+    waited for it, which is what can be hidden of it.
+    """
 
     steps: int
     dp_collectives_per_step: float
     sync_host_us_p50: float
     sync_host_us_p99: float
+    begun_early_us_p50: float
     padded_token_share: float
     tpot_ms_p50: float
     tpot_ms_p99: float
@@ -146,11 +151,13 @@ def figures(window: Window, ranks: Sequence[Iterable[Event]]) -> Figures:
         ValueError: a rank has none.
     """
     host_us: list[float] = []
+    early_us: list[float] = []
     collectives = scheduled = computed = 0
     for number, events in enumerate(ranks):
         steps: dict[int, float] = {}
         tokens: dict[int, int] = {}
         rows: dict[int, int] = {}
+        begun = 0.0
         for event in events:
             step = event.get("step", -1)
             if event["ev"] == "step" and step >= 0 and window.began <= event["t"] < window.ended:
@@ -160,6 +167,10 @@ def figures(window: Window, ranks: Sequence[Iterable[Event]]) -> Figures:
             elif event["ev"] in ("collective", "collective_wait") and _of_the_dp_group(event):
                 steps[step] += event["host_us"]
                 collectives += event["ev"] == "collective"
+                if event["ev"] == "collective":
+                    begun = event["t"]
+                elif tokens[step]:
+                    early_us.append((event["t"] - begun) * 1e6 - event["host_us"])
             elif event["ev"] == "ep" and event["op"] == "dispatch":
                 rows.setdefault(step, event["bs"])  # the first one is the target's, drafts follow
         if not steps:
@@ -173,6 +184,7 @@ def figures(window: Window, ranks: Sequence[Iterable[Event]]) -> Figures:
         dp_collectives_per_step=collectives / len(host_us),
         sync_host_us_p50=statistics.median(host_us),
         sync_host_us_p99=percentile(host_us, 99),
+        begun_early_us_p50=statistics.median(early_us or [0.0]),
         padded_token_share=1 - scheduled / computed,
         tpot_ms_p50=window.tpot_ms_p50,
         tpot_ms_p99=window.tpot_ms_p99,

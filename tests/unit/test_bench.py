@@ -43,7 +43,7 @@ def step(number: int, at: float, scheduled: int, rows: int, host_us: float, *dra
     kind = "execute" if scheduled else "dummy"
     return [
         {"ev": "step", "step": number, "t": at, "kind": kind, "scheduled_tokens": scheduled},
-        {"ev": "collective", "step": number, "group": "dp:0", "host_us": host_us},
+        {"ev": "collective", "step": number, "t": at, "group": "dp:0", "host_us": host_us},
         {"ev": "collective", "step": number, "group": "stateless", "host_us": 5000.0},
         {"ev": "collective", "step": number, "group": "ep:0", "host_us": 7000.0},
         *({"ev": "ep", "op": "dispatch", "step": number, "bs": size} for size in sizes),
@@ -67,6 +67,7 @@ def test_figures_of_a_window() -> None:
         dp_collectives_per_step=1.0,
         sync_host_us_p50=200.0,
         sync_host_us_p99=300.0,
+        begun_early_us_p50=0.0,
         padded_token_share=1 - 7 / 12,
         tpot_ms_p50=5.0,
         tpot_ms_p99=9.0,
@@ -77,9 +78,11 @@ def test_figures_of_a_window() -> None:
 
 
 def test_the_wait_for_a_collective_that_was_begun_before_counts() -> None:
-    events = [*step(1, 12.0, 3, 4, 100.0), {"ev": "collective_wait", "step": 1, "group": "dp:0", "host_us": 40.0}]
-    found = figures(WINDOW, [events])
+    wait = {"ev": "collective_wait", "step": 1, "t": 12.001, "group": "dp:0", "host_us": 40.0}
+    idle = [*step(1, 12.0, 0, 4, 100.0), {**wait, "t": 12.005}]  # a dummy has nothing to do meanwhile
+    found = figures(WINDOW, [[*step(1, 12.0, 3, 4, 100.0), wait], idle])
     assert (found.sync_host_us_p50, found.dp_collectives_per_step) == (140.0, 1.0)
+    assert found.begun_early_us_p50 == pytest.approx(960.0)
 
 
 @pytest.mark.parametrize(("percent", "expected"), [(50, 2), (75, 3), (76, 4), (99, 4), (1, 1)])
@@ -151,6 +154,18 @@ def test_readme_has_a_place_for_the_figures() -> None:
     assert bench.BEGIN in with_part(readme, bench.BEGIN, "new\n", bench.END)
     with pytest.raises(ValueError, match="README needs '<!-- figures: make bench -->'"):
         with_part(readme.replace(bench.END, ""), bench.BEGIN, "new\n", bench.END)
+
+
+def test_readme_and_the_files_are_of_the_last_run(tmp_path: Path) -> None:
+    """`bench.py --again` writes them anew."""
+    cells, about = from_json(bench.LAST.read_text())
+    assert {cell.setup for cell in cells} == {setup.name for setup in SETUPS}
+    readme = bench.README.read_text()
+    assert readme == with_part(readme, bench.BEGIN, bench.section(cells, about), bench.END)
+    bench.write(cells, about, tmp_path / "again.json")
+    for ending in (".json", ".csv"):
+        assert (tmp_path / f"again{ending}").read_text() == bench.LAST.with_suffix(ending).read_text()
+    assert bench.LAST.with_suffix(".svg").exists()
 
 
 def test_setups() -> None:
