@@ -57,9 +57,9 @@ def _requests(prompts: int, concurrency: int, *more: str) -> tuple[str, ...]:
     return "--num-prompts", str(prompts), "--max-concurrency", str(concurrency), *more
 
 
-EVEN = Load("even", (_requests(16, 2 * DP_SIZE),))
-SKEWED = Load("skewed", (_requests(12, 6, "--header", "X-data-parallel-rank=0"), _requests(2, 1)), pinned=True)
-TRICKLE = Load("trickle", (_requests(3, 1),))
+EVEN = Load("even", (_requests(8, 2 * DP_SIZE),))
+SKEWED = Load("skewed", (_requests(6, 6, "--header", "X-data-parallel-rank=0"), _requests(1, 1)), pinned=True)
+TRICKLE = Load("trickle", (_requests(2, 1),))
 # Of every request, in tokens. A prompt is one step on every arm.
 INPUT_LEN, OUTPUT_LEN = 6, 24
 

@@ -20,6 +20,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +34,10 @@ from two_nodes import ADDRESSES, DEVICE, Link, TwoNodes, TwoNodesError  # noqa: 
 MEASURED_SIZES = (2, 4, 8, 16)
 DELAYS_US = (0, 250, 1000, 5000)
 CALLS = 20
-# Of a measured time: what the link itself and the barrier before a call add.
+# Of a measured time: what the link itself adds, and ranks that wake up late.
 TOLERANCE, TOLERANCE_US = 0.1, 300
+# From one call to the next: all that it may take, and some rest.
+PERIOD_FACTOR, PERIOD_S_PER_RANK = 1.5, 0.01
 SHEET_SIZES = (2, 4, 8, 16, 32, 64, 128, 256)
 RANKS_PER_NODE = 16
 
@@ -109,24 +112,25 @@ class Point:
 
 
 def rank_main(rank: int, size: int, node: int, port: int) -> None:
-    """A rank; reads the numbers of elements and of calls from stdin, line by line, and answers with their times."""
+    """A rank; reads from stdin, line by line, how many elements to reduce, how often, when first (by the clock that all
+    processes share) and at what interval, and answers with the microseconds from each of these times to its end."""
     import torch
     from torch import distributed
-    from torch.utils.benchmark import timer
 
     torch.set_num_threads(1)
     store = distributed.TCPStore(ADDRESSES[0], port, size, is_master=rank == 0)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=size)
     print("ready", flush=True)
     for line in sys.stdin:
-        elements, calls = map(int, line.split())
+        elements, calls, start, period = json.loads(line)
         taken = []
-        for _ in range(calls):
-            distributed.barrier()  # all begin at about the same time
+        for call in range(calls):
             counts = torch.zeros(elements, dtype=torch.int32)
-            began = timer()
+            begin = start + call * period
+            # No barrier: the ranks leave one as far apart as the delays that are to be measured.
+            time.sleep(max(0.0, begin - time.monotonic()))
             distributed.all_reduce(counts)
-            taken.append((timer() - began) * 1e6)
+            taken.append((time.monotonic() - begin) * 1e6)
         print(json.dumps(taken), flush=True)
     distributed.destroy_process_group()
 
@@ -149,10 +153,12 @@ def measure(nodes: TwoNodes, size: int) -> list[Point]:
             )
         )
 
-    def ask(elements: int, calls: int) -> list[list[float]]:
+    def ask(vector: Vector, calls: int, delay_us: float) -> list[list[float]]:
+        period = PERIOD_FACTOR * crossings(size, vector, size // 2) * delay_us / 1e6 + PERIOD_S_PER_RANK * size
+        work = [vector.elements(size), calls, time.monotonic() + period, period]
         for process in ranks:
             assert process.stdin is not None
-            process.stdin.write(f"{elements} {calls}\n")
+            process.stdin.write(f"{json.dumps(work)}\n")
             process.stdin.flush()
         return [json.loads(read(process)) for process in ranks]
 
@@ -164,9 +170,9 @@ def measure(nodes: TwoNodes, size: int) -> list[Point]:
         for delay_us in DELAYS_US:
             nodes.set(Link(delay_us))
             for vector in VECTORS:
-                ask(vector.elements(size), 3)
+                ask(vector, 3, delay_us)
                 # A call has taken as long as its slowest rank.
-                taken = [max(times) for times in zip(*ask(vector.elements(size), CALLS), strict=True)]
+                taken = [max(times) for times in zip(*ask(vector, CALLS, delay_us), strict=True)]
                 points.append(Point(size, vector, delay_us, statistics.median(taken), min(taken), max(taken)))
         return points
     finally:

@@ -156,18 +156,6 @@ def test_readme_has_a_place_for_the_figures() -> None:
         with_part(readme.replace(bench.END, ""), bench.BEGIN, "new\n", bench.END)
 
 
-def test_readme_and_the_files_are_of_the_last_run(tmp_path: Path) -> None:
-    """`bench.py --again` writes them anew."""
-    cells, about = from_json(bench.LAST.read_text())
-    assert {cell.setup for cell in cells} == {setup.name for setup in SETUPS}
-    readme = bench.README.read_text()
-    assert readme == with_part(readme, bench.BEGIN, bench.section(cells, about), bench.END)
-    bench.write(cells, about, tmp_path / "again.json")
-    for ending in (".json", ".csv"):
-        assert (tmp_path / f"again{ending}").read_text() == bench.LAST.with_suffix(ending).read_text()
-    assert bench.LAST.with_suffix(".svg").exists()
-
-
 def test_setups() -> None:
     assert len({setup.name for setup in SETUPS}) == len(SETUPS)
     for setup in SETUPS:
