@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`make bench`: stock against the overlay on two nodes, on three stock versions; bench_cells.py says what is measured.
 
-Each setup is run by bench_node.py in the environment of its version. A whole run writes last_bench.json, last_bench.csv
-and last_bench.svg beside this file and the table into README; a part of it only writes into build/bench.
+Each setup is run by bench_node.py in the environment of its version. last_bench.json, last_bench.csv and last_bench.svg
+beside this file and the table in README have the last run of each setup, and are written anew after each.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def run(setup: Setup, folder: Path, turns: int) -> list[dict[str, Any]] | None:
 
 
 def about(minutes: float, turns: int) -> dict[str, Any]:
-    """What a reader has to know of the run."""
+    """What a reader has to know of the run of a setup."""
     model = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return {
         "date": date.today().isoformat(),
@@ -135,19 +135,32 @@ def plot(cells: Sequence[Cell], path: Path) -> None:
     pyplot.close(figure)
 
 
-def section(cells: Sequence[Cell], about: dict[str, Any]) -> str:
-    """README's part: the table, and which run it is."""
-    return (
-        f"{table(cells)}\nRun of {about['date']}: {about['turns']} turns, {about['minutes']} minutes, "
-        f"{about['cores']} cores of {about['machine']}.\n"
-    )
+def section(cells: Sequence[Cell], runs: dict[str, Any]) -> str:
+    """README's part: the table, and which runs it is of."""
+    alike: dict[str, list[str]] = {}
+    for name, run in runs.items():
+        described = f"{run['turns']} turns, {run['cores']} cores of {run['machine']}, {run['date']}"
+        alike.setdefault(described, []).append(name)
+    minutes = sum(run["minutes"] for run in runs.values())
+    told = "; ".join(f"{described}: {', '.join(names)}" for described, names in alike.items())
+    if len(alike) == 1:
+        told = next(iter(alike))
+    return f"{table(cells)}\n{told}. All of it takes {minutes} minutes.\n"
 
 
-def write(cells: Sequence[Cell], about: dict[str, Any], path: Path) -> None:
-    """The three files, with the name of `path`."""
-    path.write_text(to_json(cells, about))
+def in_order(cells: Sequence[Cell], runs: dict[str, Any]) -> tuple[list[Cell], dict[str, Any]]:
+    """Those of setups that there are, in their order."""
+    names = [setup.name for setup in SETUPS if setup.name in runs]
+    return [cell for name in names for cell in cells if cell.setup == name], {name: runs[name] for name in names}
+
+
+def write(cells: Sequence[Cell], runs: dict[str, Any], path: Path, readme: Path) -> None:
+    """The three files, with the name of `path`, and README's part."""
+    path.write_text(to_json(cells, runs))
+    cells, runs = from_json(path.read_text())  # as rounded there
     path.with_suffix(".csv").write_text(to_csv(cells))
     plot(cells, path.with_suffix(".svg"))
+    readme.write_text(with_part(readme.read_text(), BEGIN, section(cells, runs), END))
 
 
 def main() -> int:
@@ -155,37 +168,34 @@ def main() -> int:
     parser.add_argument("setups", nargs="*", help="; ".join(setup.name for setup in SETUPS))
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "bench")
-    parser.add_argument("--again", action="store_true", help="write table and plot of the last run once more")
+    parser.add_argument("--again", action="store_true", help="write table and plot of the last runs once more")
     options = parser.parse_args()
+    cells, runs = from_json(LAST.read_text()) if LAST.exists() else ([], {})
     if options.again:
-        cells, described = from_json(LAST.read_text())
-        write(cells, described, LAST)
-        README.write_text(with_part(README.read_text(), BEGIN, section(cells, described), END))
+        write(cells, runs, LAST, README)
         return 0
     if unknown := set(options.setups) - {setup.name for setup in SETUPS}:
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {'; '.join(setup.name for setup in SETUPS)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     shutil.rmtree(options.output, ignore_errors=True)
     options.output.mkdir(parents=True)
-    began = time.monotonic()
-    cells, failed = [], []
+    failed = []
     chosen = [setup for setup in SETUPS if not options.setups or setup.name in options.setups]
     for number, setup in enumerate(chosen):
+        began = time.monotonic()
         measured = run(setup, options.output / f"setup{number}", options.turns)
         try:
-            cells += make_cells(setup.name, measured or [])
+            found = make_cells(setup.name, measured or [])
         except ValueError as error:
             say(str(error))
-            measured = None
-        if measured is None:
+            found = []
+        if not found:
             failed.append(setup.name)
-    described = about((time.monotonic() - began) / 60, options.turns)
-    if cells:
-        write(cells, described, options.output / "bench.json")
-        print(section(cells, described))
-    if not failed and not options.setups:
-        write(cells, described, LAST)
-        README.write_text(with_part(README.read_text(), BEGIN, section(cells, described), END))
+            continue
+        print(table(found))
+        runs[setup.name] = about((time.monotonic() - began) / 60, options.turns)
+        cells, runs = in_order([*(cell for cell in cells if cell.setup != setup.name), *found], runs)
+        write(cells, runs, LAST, README)
     for name in failed:
         say(f"FAILED {name}")
     return 1 if failed else 0

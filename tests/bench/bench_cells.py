@@ -301,8 +301,9 @@ def flat(cell: Cell) -> dict[str, Any]:
     return row
 
 
-def to_json(cells: Iterable[Cell], about: dict[str, Any]) -> str:
-    document = {**about, "cells": [{**vars(cell), **_plain(cell)} for cell in cells]}
+def to_json(cells: Iterable[Cell], runs: dict[str, Any]) -> str:
+    """`runs`: by setup, what is to be known of the run that its cells are of."""
+    document = {"runs": runs, "cells": [{**vars(cell), **_plain(cell)} for cell in cells]}
     return json.dumps(document, indent=1) + "\n"
 
 
@@ -314,11 +315,11 @@ def _plain(cell: Cell) -> dict[str, Any]:
 
 
 def from_json(text: str) -> tuple[list[Cell], dict[str, Any]]:
-    about = json.loads(text)
+    document = json.loads(text)
     cells = []
-    for one in about.pop("cells"):
+    for one in document["cells"]:
         spreads = {
             name: {figure: Spread(*numbers) for figure, numbers in one[name].items()} for name in ("measured", "ratios")
         }
         cells.append(Cell(**{**one, **spreads}))
-    return cells, about
+    return cells, document["runs"]

@@ -34,7 +34,8 @@ from bench_cells import (
 from readme_part import with_part
 
 WINDOW = Window("even", 1000, 0, "stock", 10.0, 20.0, 5.0, 9.0, 100.0)
-ABOUT = {"date": "2026-11-29", "minutes": 1, "turns": 2, "cores": 2, "machine": "a machine"}
+RUN = {"date": "2026-11-29", "minutes": 1, "turns": 2, "cores": 2, "machine": "a machine"}
+RUNS = {"0.23.0, async": RUN, "0.11.0": RUN}
 
 
 def step(number: int, at: float, scheduled: int, rows: int, host_us: float, *drafts: int) -> list[dict[str, Any]]:
@@ -121,18 +122,33 @@ def test_a_baseline_without_collectives_is_none() -> None:
 
 
 def test_files_have_everything(tmp_path: Path) -> None:
-    cells = make_cells("0.23.0", [*MEASURED, *(measured(BASELINE.name, 0, 10.0, 1.0, us) for us in DELAYS_US[3:])])
-    again, about = from_json(to_json(cells, ABOUT))
-    assert (again, about) == (cells, ABOUT)
+    cells = make_cells("0.11.0", [*MEASURED, *(measured(BASELINE.name, 0, 10.0, 1.0, us) for us in DELAYS_US[3:])])
+    assert from_json(to_json(cells, RUNS)) == (cells, RUNS)
     rows = list(csv.DictReader(io.StringIO(bench.to_csv(cells))))
     assert [(row["arm"], row["tpot_ms_p50_median"], row["failed"]) for row in rows[:3]] == [
         ("stock", "20.0", ""), ("overlay", "8.5", ""), ("stock, own skip", "", "timeout, waited 20 s"),
     ]  # fmt: skip
     assert rows[1]["ratio_tpot_ms_p50_largest"] == "0.5"
-    bench.write(cells, ABOUT, tmp_path / "bench.json")
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{bench.BEGIN}old\n{bench.END}after\n")
+    bench.write(cells, RUNS, tmp_path / "bench.json", readme)
     drawn = (tmp_path / "bench.svg").read_text()
     assert "<svg" in drawn
     assert (tmp_path / "bench.csv").read_text() == bench.to_csv(cells)
+    assert readme.read_text().startswith(f"before\n{bench.BEGIN}| node, load |")
+    told = "2 turns, 2 cores of a machine, 2026-11-29. All of it takes 2 minutes."
+    assert readme.read_text().endswith(f"\n\n{told}\n{bench.END}after\n")
+
+
+def test_a_setup_is_run_again_alone() -> None:
+    old, new = make_cells("0.23.0, async", MEASURED), make_cells("0.11.0", MEASURED)
+    cells, runs = bench.in_order([*old, *new, *make_cells("gone", MEASURED)], {**RUNS, "gone": RUN})
+    assert (cells, list(runs)) == ([*new, *old], ["0.11.0", "0.23.0, async"])
+    runs["0.11.0"] = {**RUN, "date": "2026-11-30"}
+    assert bench.section(cells, runs).endswith(
+        "\n2 turns, 2 cores of a machine, 2026-11-30: 0.11.0; "
+        "2 turns, 2 cores of a machine, 2026-11-29: 0.23.0, async. All of it takes 2 minutes.\n"
+    )
 
 
 def test_the_table_shows_one_delay() -> None:
@@ -143,10 +159,6 @@ def test_the_table_shows_one_delay() -> None:
         "|  | overlay | 0.00 | 0.00 (0.00) | 25% | 0.45 (0.40-0.50) | 1.00 (1.00-1.00) |",
         "|  | stock, own skip | failed: timeout, waited 20 s |  |  |  |  |",
     ]
-    text = f"before\n{bench.BEGIN}old\n{bench.END}after\n"
-    changed = with_part(text, bench.BEGIN, bench.section(cells, ABOUT), bench.END)
-    assert changed.startswith(f"before\n{bench.BEGIN}| node, load |")
-    assert changed.endswith(f"2 cores of a machine.\n{bench.END}after\n")
 
 
 def test_readme_has_a_place_for_the_figures() -> None:
