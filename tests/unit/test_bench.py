@@ -168,6 +168,24 @@ def test_readme_has_a_place_for_the_figures() -> None:
         with_part(readme.replace(bench.END, ""), bench.BEGIN, "new\n", bench.END)
 
 
+def test_readme_and_the_files_are_of_the_last_runs(tmp_path: Path) -> None:
+    """`bench.py --again` writes them anew."""
+    if not bench.LAST.exists():
+        assert f"{bench.BEGIN}Not run as a whole yet.\n{bench.END}" in bench.README.read_text()
+        assert not list(bench.HERE.glob("last_bench.*"))
+        return
+    cells, runs = from_json(bench.LAST.read_text())
+    assert bench.in_order(cells, runs) == (cells, runs)
+    assert {cell.setup for cell in cells} == set(runs)
+    readme = tmp_path / "README.md"
+    readme.write_text(bench.README.read_text())
+    bench.write(cells, runs, tmp_path / "last_bench.json", readme)
+    assert readme.read_text() == bench.README.read_text()
+    for name in ("last_bench.json", "last_bench.csv"):
+        assert (tmp_path / name).read_text() == bench.LAST.with_name(name).read_text()
+    assert bench.LAST.with_suffix(".svg").exists()
+
+
 def test_setups() -> None:
     assert len({setup.name for setup in SETUPS}) == len(SETUPS)
     for setup in SETUPS:
