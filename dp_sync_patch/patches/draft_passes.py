@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What draft passes depended on the all_reduce for: how many there are, and how many rows a dummy has to sample at."""
+"""Draft passes: as many on every rank, and dummies that sample within their rows."""
 
 from collections.abc import Callable
 from typing import Any

@@ -5,7 +5,7 @@ Gloo reduces a vector over n ranks in a ring (gloo/allreduce.cc): it cuts the ve
 elements, passes each on from rank to rank to add them up, and once more to hand out the sums. Two segments of a rank
 are under way at a time, an empty one is left out, and a rank sends a segment only when the receiver has told it that it
 waits for one. So a segment that goes to another node pays the delay of the link twice, unless the receiver was early.
-`ring_us` follows exactly that, message by message. With a hop of 0 it counts how often the link is crossed.
+`crossings` follows exactly that, message by message, and counts how often the link is crossed.
 
 On one machine the ranks share the cores, so that the time of a hop grows with their number. What is measured with a
 delay therefore has to lie between the delays alone, and these and all that is measured without a delay.
@@ -61,22 +61,18 @@ VECTORS = (
 )
 
 
-def ring_us(size: int, elements: int, per_node: int, hop_us: float, delay_us: float) -> float:
-    """Microseconds of an all_reduce over `size` ranks that begin together, `per_node` of them on each node.
-
-    Args:
-        hop_us: from one rank to another one, wherever it is: for a segment, and for the word that one is waited for.
-        delay_us: one way, on top of that between two nodes.
-    """
+def crossings(size: int, elements: int, per_node: int) -> int:
+    """How many times, one after another, an all_reduce over `size` ranks that begin together crosses the link; that is
+    its time in one-way delays. `per_node` ranks are on each node."""
     segments = 2 * size
     length = -(-elements // segments)
 
-    def takes(sender: int, receiver: int) -> float:
-        return hop_us + (delay_us if sender // per_node != receiver // per_node else 0.0)
+    def takes(sender: int, receiver: int) -> int:
+        return int(sender // per_node != receiver // per_node)
 
-    begun = [0.0] * size
+    begun = [0] * size
     for first in (1, 0):  # adding up, handing out: the chunk of this rank (of two segments) that goes first
-        posted: list[list[float]] = []  # when each rank has posted its n-th send and receive
+        posted: list[list[int]] = []  # when each rank has posted its n-th send and receive
         for turn in range(segments):
             now = list(posted[-1] if posted else begun)
             if turn >= 2:
@@ -94,9 +90,9 @@ def ring_us(size: int, elements: int, per_node: int, hop_us: float, delay_us: fl
     return max(begun)
 
 
-def crossings(size: int, vector: Vector, per_node: int = RANKS_PER_NODE) -> int:
-    """How many times one after another the link is crossed; of 16 ranks or less half are on each of two nodes."""
-    return round(ring_us(size, vector.elements(size), min(per_node, size // 2), 0, 1))
+def crossings_of(vector: Vector, size: int) -> int:
+    """With half of the ranks on each of two nodes, and more nodes where that were more than `RANKS_PER_NODE`."""
+    return crossings(size, vector.elements(size), min(RANKS_PER_NODE, size // 2))
 
 
 @dataclass(frozen=True)
@@ -154,7 +150,7 @@ def measure(nodes: TwoNodes, size: int) -> list[Point]:
         )
 
     def ask(vector: Vector, calls: int, delay_us: float) -> list[list[float]]:
-        period = PERIOD_FACTOR * crossings(size, vector, size // 2) * delay_us / 1e6 + PERIOD_S_PER_RANK * size
+        period = PERIOD_FACTOR * crossings_of(vector, size) * delay_us / 1e6 + PERIOD_S_PER_RANK * size
         work = [vector.elements(size), calls, time.monotonic() + period, period]
         for process in ranks:
             assert process.stdin is not None
@@ -194,7 +190,7 @@ def check(points: Sequence[Point]) -> tuple[str, bool]:
     lines = ["| vector | ranks | delay, ms | measured, ms (least-largest) | model, ms | |\n|---|---|---|---|---|---|\n"]
     all_hold = True
     for point in points:
-        delays_us = crossings(point.size, point.vector, point.size // 2) * point.delay_us
+        delays_us = crossings_of(point.vector, point.size) * point.delay_us
         with_own_us = delays_us + own[point.size, point.vector]
         low, high = delays_us * (1 - TOLERANCE) - TOLERANCE_US, with_own_us * (1 + TOLERANCE) + TOLERANCE_US
         holds = low <= point.median_us <= high
@@ -212,7 +208,7 @@ def sheet() -> str:
     """Crossings of the link by one all_reduce, in Markdown. A step makes one, and one more for each round of drafts."""
     lines = [f"| | {' | '.join(f'DP{size}' for size in SHEET_SIZES)} |\n|{'---|' * (1 + len(SHEET_SIZES))}\n"]
     for vector in VECTORS:
-        lines.append(f"| {vector.name} | {' | '.join(str(crossings(size, vector)) for size in SHEET_SIZES)} |\n")
+        lines.append(f"| {vector.name} | {' | '.join(str(crossings_of(vector, size)) for size in SHEET_SIZES)} |\n")
     return "".join(lines)
 
 

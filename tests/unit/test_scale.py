@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import scale
-from scale import VECTORS, Point, crossings, ring_us, sheet
+from scale import VECTORS, Point, crossings, crossings_of, sheet
 
 README = Path(__file__).resolve().parents[2] / "README.md"
-COUNTS_AND_FLAGS, COUNTS_AND_MODES, MODE = VECTORS
+*_, MODE = VECTORS
 
 
 @pytest.mark.parametrize(
@@ -31,20 +31,15 @@ COUNTS_AND_FLAGS, COUNTS_AND_MODES, MODE = VECTORS
     ],
 )
 def test_the_link_is_crossed(size: int, elements: int, per_node: int, expected: int) -> None:
-    assert ring_us(size, elements, per_node, 0, 1) == expected
-
-
-def test_hops_and_delays_add_up_where_every_hop_crosses() -> None:
-    assert ring_us(2, 4, 1, 10, 1000) == 4 * 1010
-    assert ring_us(2, 4, 2, 10, 1000) == 4 * 10
+    assert crossings(size, elements, per_node) == expected
 
 
 def test_what_stock_reduces_and_what_the_overlay_does() -> None:
     sizes = [vector.elements(16) for vector in VECTORS]
     assert sizes == [18, 32, 1]
-    assert [crossings(16, vector) for vector in VECTORS] == [34, 60, 4]
+    assert [crossings_of(vector, 16) for vector in VECTORS] == [34, 60, 4]
     # 16 ranks on each node, so that more ranks are more nodes.
-    assert crossings(64, MODE) == 2 * crossings(32, MODE)
+    assert crossings_of(MODE, 64) == 2 * crossings_of(MODE, 32)
 
 
 def test_a_point_that_the_model_does_not_hold_for_is_marked() -> None:
