@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`make bench`: stock against the overlay on two nodes, on three stock versions; bench_cells.py says what is measured.
 
-Each setup is run by bench_node.py in the environment of its version. last_bench.json, last_bench.csv and last_bench.svg
-beside this file and the table in README have the last run of each setup, and are written anew after each.
+Each setup is run by bench_node.py in the environment of its version. last_bench.json, .csv, .md and .svg beside this
+file and the table in README have the last run of each setup, and are written anew after each.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from bench_cells import (  # noqa: E402  (this line and the next ones need the p
     DELAYS_US,
     EVEN,
     SETUPS,
+    SHOWN_DELAY_US,
     Cell,
     Setup,
     flat,
@@ -90,7 +91,7 @@ def to_csv(cells: Sequence[Cell]) -> str:
 
 
 def plot(cells: Sequence[Cell], path: Path) -> None:
-    """A panel for each setup with all delays: time per output token over the delay of the link, even load."""
+    """A panel for each setup: time per output token over the delay of the link, even load."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -129,7 +130,9 @@ def plot(cells: Sequence[Cell], path: Path) -> None:
         panel.legend()
     for panel in list(panels.flat)[len(setups) :]:
         panel.set_visible(False)
-    figure.suptitle("DP4 on two nodes, 8 requests at a time, virtual NPU: median of the turns, least and largest")
+    figure.suptitle(
+        "Two nodes, DP2 unless said, 8 requests at a time, virtual NPU: median, least and largest of the turns"
+    )
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
@@ -145,7 +148,13 @@ def section(cells: Sequence[Cell], runs: dict[str, Any]) -> str:
     told = "; ".join(f"{described}: {', '.join(names)}" for described, names in alike.items())
     if len(alike) == 1:
         told = next(iter(alike))
-    return f"{table(cells)}\n{told}. All of it takes {minutes} minutes.\n"
+    even = [cell for cell in cells if cell.load == EVEN.name]
+    return f"{table(even, SHOWN_DELAY_US)}\n{told}. All of it takes {minutes} minutes.\n"
+
+
+def tables(cells: Sequence[Cell]) -> str:
+    """All cells, a table for each delay."""
+    return "\n".join(f"## {delay_us / 1000:g} ms one way\n\n{table(cells, delay_us)}" for delay_us in DELAYS_US)
 
 
 def in_order(cells: Sequence[Cell], runs: dict[str, Any]) -> tuple[list[Cell], dict[str, Any]]:
@@ -155,10 +164,11 @@ def in_order(cells: Sequence[Cell], runs: dict[str, Any]) -> tuple[list[Cell], d
 
 
 def write(cells: Sequence[Cell], runs: dict[str, Any], path: Path, readme: Path) -> None:
-    """The three files, with the name of `path`, and README's part."""
+    """The four files, with the name of `path`, and README's part."""
     path.write_text(to_json(cells, runs))
     cells, runs = from_json(path.read_text())  # as rounded there
     path.with_suffix(".csv").write_text(to_csv(cells))
+    path.with_suffix(".md").write_text(tables(cells))
     plot(cells, path.with_suffix(".svg"))
     readme.write_text(with_part(readme.read_text(), BEGIN, section(cells, runs), END))
 
@@ -192,7 +202,7 @@ def main() -> int:
         if not found:
             failed.append(setup.name)
             continue
-        print(table(found))
+        print(table(found, SHOWN_DELAY_US))
         runs[setup.name] = about((time.monotonic() - began) / 60, options.turns)
         cells, runs = in_order([*(cell for cell in cells if cell.setup != setup.name), *found], runs)
         write(cells, runs, LAST, README)

@@ -19,20 +19,23 @@ from typing import Any
 from launched_ranks import MAX_NUM_SEQS, Event
 from ledger_report import VOTE_GROUPS
 
-DP_SIZE = 4
 DELAYS_US = (0, 250, 1000, 5000)  # one way
 FEW_DELAYS_US = (0, 1000)
-SHOWN_DELAY_US = 1000  # in README's table; all others are in the files
+SHOWN_DELAY_US = 1000  # in README's table, with the first load; the files have all
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to run the same node. `graph_level` is the overlay's setting."""
+    """One way to run the same node. `graph_level` is the overlay's setting.
+
+    `late`: with a copy of the overlay that tells its graph mode when it needs those of the others, and not before.
+    """
 
     name: str
     overlay: bool
     recompute: bool = True
     graph_level: str = ""
+    late: bool = False
 
 
 # Without the recompute scheduler stock synchronises as soon as a batch of --max-num-batched-tokens is above its MC2
@@ -41,6 +44,7 @@ BASELINE = Arm("stock", overlay=False, recompute=False)
 OWN_SKIP = Arm("stock, own skip", overlay=False)
 OVERLAY = Arm("overlay", overlay=True)
 GRAPH_SYNC = Arm("overlay, sync", overlay=True, graph_level="sync")
+GRAPH_SYNC_LATE = Arm("overlay, sync, told late", overlay=True, graph_level="sync", late=True)
 GRAPH_UNIFORM = Arm("overlay, uniform", overlay=True, graph_level="uniform")
 
 
@@ -57,16 +61,19 @@ def _requests(prompts: int, concurrency: int, *more: str) -> tuple[str, ...]:
     return "--num-prompts", str(prompts), "--max-concurrency", str(concurrency), *more
 
 
-EVEN = Load("even", (_requests(8, 2 * DP_SIZE),))
+EVEN = Load("even", (_requests(8, 8),))
 SKEWED = Load("skewed", (_requests(6, 6, "--header", "X-data-parallel-rank=0"), _requests(1, 1)), pinned=True)
 TRICKLE = Load("trickle", (_requests(2, 1),))
 # Of every request, in tokens. A prompt is one step on every arm.
-INPUT_LEN, OUTPUT_LEN = 6, 24
+INPUT_LEN, OUTPUT_LEN = 6, 96
 
 
 @dataclass(frozen=True)
 class Setup:
-    """One kind of node. `async_scheduling` is None where the version's default is left alone."""
+    """One kind of node. `async_scheduling` is None where the version's default is left alone.
+
+    `dp_size`: with two DP ranks each has a core of a small machine; more share them, and wait for each other there too.
+    """
 
     name: str
     version: str
@@ -74,14 +81,17 @@ class Setup:
     drafts: int = 0
     async_scheduling: bool | None = None
     graphs: str = ""
+    dp_size: int = 2
 
     @property
     def loads(self) -> tuple[Load, ...]:
         """The server of 0.11.0 does not take a DP rank from its clients."""
+        if self.dp_size > 2:
+            return (EVEN,)
         return tuple(load for load in (EVEN, SKEWED, TRICKLE) if not load.pinned or self.version != "0.11.0")
 
     def delays_us(self, load: Load) -> tuple[int, ...]:
-        return DELAYS_US if load is EVEN and not self.graphs else FEW_DELAYS_US
+        return DELAYS_US if load is EVEN and not self.graphs and self.dp_size == 2 else FEW_DELAYS_US
 
     @property
     def largest_step(self) -> int:
@@ -95,10 +105,16 @@ SETUPS = (
     Setup("0.11.0, 3 drafts", "0.11.0", (BASELINE, OVERLAY), drafts=3),
     Setup("0.13.0", "0.13.0", _THREE),
     Setup("0.23.0, async", "0.23.0", _THREE, async_scheduling=True),
+    Setup("0.23.0, async, DP4", "0.23.0", _THREE, async_scheduling=True, dp_size=4),
     Setup("0.23.0, async, 3 drafts", "0.23.0", _THREE, drafts=3, async_scheduling=True),
     Setup("0.23.0, 3 drafts", "0.23.0", _THREE, drafts=3, async_scheduling=False),
     Setup("0.13.0, FULL_DECODE_ONLY", "0.13.0", (BASELINE, GRAPH_SYNC, GRAPH_UNIFORM), graphs="FULL_DECODE_ONLY"),
-    Setup("0.23.0, FULL_DECODE_ONLY", "0.23.0", (BASELINE, GRAPH_SYNC, GRAPH_UNIFORM), graphs="FULL_DECODE_ONLY"),
+    Setup(
+        "0.23.0, FULL_DECODE_ONLY",
+        "0.23.0",
+        (BASELINE, GRAPH_SYNC_LATE, GRAPH_SYNC, GRAPH_UNIFORM),
+        graphs="FULL_DECODE_ONLY",
+    ),
     Setup("0.23.0, PIECEWISE", "0.23.0", (BASELINE, OVERLAY), graphs="PIECEWISE"),
 )
 VERSIONS = tuple(dict.fromkeys(setup.version for setup in SETUPS))
@@ -269,19 +285,21 @@ HEAD = (
     "DP collectives per step",
     "host waits per step, ms, p50 (p99)",
     "padded tokens",
+    "TPOT, ms",
     "TPOT against stock",
     "tokens/s against stock",
 )
 
 
-def table(cells: Iterable[Cell]) -> str:
-    """In Markdown: every arm at the delay that README shows."""
+def table(cells: Iterable[Cell], delay_us: int) -> str:
+    """In Markdown: every arm at one delay."""
     rows: list[tuple[str, ...]] = [HEAD, ("---",) * len(HEAD)]
-    shown = (cell for cell in cells if cell.delay_us == SHOWN_DELAY_US)
+    shown = (cell for cell in cells if cell.delay_us == delay_us)
     for (setup, load), arms in groupby(shown, lambda cell: (cell.setup, cell.load)):
         for number, cell in enumerate(arms):
             first = f"{setup}: {load}" if number == 0 else ""
-            rows.append((first, cell.arm, *((f"failed: {cell.failed}", "", "", "", "") if cell.failed else _row(cell))))
+            found = (f"failed: {cell.failed}", *[""] * (len(HEAD) - 3)) if cell.failed else _row(cell)
+            rows.append((first, cell.arm, *found))
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
@@ -289,7 +307,8 @@ def _row(cell: Cell) -> tuple[str, ...]:
     found = {name: value.median for name, value in cell.measured.items()}
     waits = f"{found['sync_host_us_p50'] / 1000:.2f} ({found['sync_host_us_p99'] / 1000:.2f})"
     against = ("", "") if cell.arm == BASELINE.name else (str(cell.ratios[name]) for name in (RATIOS[0], RATIOS[2]))
-    return f"{found['dp_collectives_per_step']:.2f}", waits, f"{found['padded_token_share']:.0%}", *against
+    tpot = f"{found['tpot_ms_p50']:.1f}"
+    return f"{found['dp_collectives_per_step']:.2f}", waits, f"{found['padded_token_share']:.0%}", tpot, *against
 
 
 def flat(cell: Cell) -> dict[str, Any]:

@@ -26,7 +26,6 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / folder) for folder in ("examples", "tests/serve", "tests/two_nodes")]
 
 from bench_cells import (  # noqa: E402  (this line and the next ones need the path above)
-    DP_SIZE,
     INPUT_LEN,
     OUTPUT_LEN,
     OWN_SKIP,
@@ -39,7 +38,7 @@ from bench_cells import (  # noqa: E402  (this line and the next ones need the p
     figures,
 )
 from demo import Cluster, DemoError, say  # noqa: E402
-from launched_ranks import RECOMPUTE, read_ranks  # noqa: E402
+from launched_ranks import RECOMPUTE, changed_overlay, read_ranks  # noqa: E402
 from split_node import SplitNode, split_node, start  # noqa: E402
 from toy_deepseek import write_toy_deepseek  # noqa: E402
 from toy_model import ToyModelShape, write_toy_model  # noqa: E402
@@ -49,6 +48,9 @@ TURNS = 3
 LOAD_TIMEOUT_S = 90
 # A rank that waits this long for another one in an operator ends its node: stock's own skip may do that.
 DEVICE_TIMEOUT_S = 20
+# Of the overlay: where a step's graph mode is told early.
+POST = "    if runtime.sync_graph_mode and not runtime.in_profile_run:\n        _looking_ahead = True"
+NO_POST = POST.replace("runtime.sync_graph_mode", "False")
 
 
 def arguments(setup: Setup, arm: Arm) -> list[str]:
@@ -56,7 +58,8 @@ def arguments(setup: Setup, arm: Arm) -> list[str]:
     # Above the MC2 capacity, or stock without the recompute scheduler would skip too. With its own skip two prompts in
     # a step would leave MC2 then, and it would hang.
     budget = setup.largest_step if arm is OWN_SKIP else 8 * setup.largest_step
-    flags = ["--max-num-batched-tokens", str(budget)]
+    # As two processes, an engine and its worker spin while they wait for each other, on the cores of other ranks.
+    flags = ["--max-num-batched-tokens", str(budget), "--distributed-executor-backend", "uni"]
     if setup.drafts:
         method = "deepseek_mtp" if setup.version == "0.11.0" else "mtp"
         speculative = {"method": method, "num_speculative_tokens": setup.drafts}
@@ -70,9 +73,14 @@ def arguments(setup: Setup, arm: Arm) -> list[str]:
     return [*flags, *(RECOMPUTE if arm.recompute else ())]
 
 
-def environment(arm: Arm) -> dict[str, str]:
-    level = {"DP_SYNC_PATCH_GRAPH_MODE": arm.graph_level} if arm.graph_level else {}
-    return {"VIRTUAL_NPU_TIMEOUT_S": str(DEVICE_TIMEOUT_S), "VLLM_DISABLE_COMPILE_CACHE": "1", **level}
+def environment(arm: Arm, folder: Path) -> dict[str, str]:
+    """Variables of the node; `folder` is for a copy of the overlay, if it has one of its own."""
+    found = {"VIRTUAL_NPU_TIMEOUT_S": str(DEVICE_TIMEOUT_S), "VLLM_DISABLE_COMPILE_CACHE": "1"}
+    if arm.graph_level:
+        found["DP_SYNC_PATCH_GRAPH_MODE"] = arm.graph_level
+    if arm.late:
+        found |= changed_overlay(folder, "patches/graph_mode.py", POST, NO_POST)
+    return found
 
 
 def bench_serve(url: str, model: Path, load: Load) -> list[dict[str, Any]]:
@@ -164,9 +172,9 @@ def run(setup: Setup, folder: Path, count: int) -> list[Measured]:
                 folder / f"arm{number}",
                 model,
                 arguments(setup, arm),
-                size=DP_SIZE,
+                size=setup.dp_size,
                 overlay=arm.overlay,
-                environment=environment(arm),
+                environment=environment(arm, folder / f"overlay{number}"),
             )
         start(nodes, cluster, arms.values())
         say(f"{setup.name}: {len(arms)} nodes are up")

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import bench
+import bench_node
 import pytest
 from bench_cells import (
     BASELINE,
     DELAYS_US,
     EVEN,
+    GRAPH_SYNC,
+    GRAPH_SYNC_LATE,
     OVERLAY,
     OWN_SKIP,
     SETUPS,
@@ -32,6 +35,8 @@ from bench_cells import (
     to_json,
 )
 from readme_part import with_part
+
+import dp_sync_patch
 
 WINDOW = Window("even", 1000, 0, "stock", 10.0, 20.0, 5.0, 9.0, 100.0)
 RUN = {"date": "2026-11-29", "minutes": 1, "turns": 2, "cores": 2, "machine": "a machine"}
@@ -135,6 +140,10 @@ def test_files_have_everything(tmp_path: Path) -> None:
     drawn = (tmp_path / "bench.svg").read_text()
     assert "<svg" in drawn
     assert (tmp_path / "bench.csv").read_text() == bench.to_csv(cells)
+    told = (tmp_path / "bench.md").read_text()
+    assert told == bench.tables(cells)
+    assert told.count("| stock |") == 2
+    assert "\n\n## 5 ms one way\n\n| node, load |" in told
     assert readme.read_text().startswith(f"before\n{bench.BEGIN}| node, load |")
     told = "2 turns, 2 cores of a machine, 2026-11-29. All of it takes 2 minutes."
     assert readme.read_text().endswith(f"\n\n{told}\n{bench.END}after\n")
@@ -153,11 +162,11 @@ def test_a_setup_is_run_again_alone() -> None:
 
 def test_the_table_shows_one_delay() -> None:
     cells = make_cells("0.23.0", [*MEASURED, measured(BASELINE.name, 0, 10.0, 1.0, 5000)])
-    rows = table(cells).splitlines()[2:]
+    rows = table(cells, SHOWN_DELAY_US).splitlines()[2:]
     assert rows == [
-        "| 0.23.0: even | stock | 1.00 | 0.00 (0.00) | 25% |  |  |",
-        "|  | overlay | 0.00 | 0.00 (0.00) | 25% | 0.45 (0.40-0.50) | 1.00 (1.00-1.00) |",
-        "|  | stock, own skip | failed: timeout, waited 20 s |  |  |  |  |",
+        "| 0.23.0: even | stock | 1.00 | 0.00 (0.00) | 25% | 20.0 |  |  |",
+        "|  | overlay | 0.00 | 0.00 (0.00) | 25% | 8.5 | 0.45 (0.40-0.50) | 1.00 (1.00-1.00) |",
+        "|  | stock, own skip | failed: timeout, waited 20 s |  |  |  |  |  |",
     ]
 
 
@@ -181,7 +190,7 @@ def test_readme_and_the_files_are_of_the_last_runs(tmp_path: Path) -> None:
     readme.write_text(bench.README.read_text())
     bench.write(cells, runs, tmp_path / "last_bench.json", readme)
     assert readme.read_text() == bench.README.read_text()
-    for name in ("last_bench.json", "last_bench.csv"):
+    for name in ("last_bench.json", "last_bench.csv", "last_bench.md"):
         assert (tmp_path / name).read_text() == bench.LAST.with_name(name).read_text()
     assert bench.LAST.with_suffix(".svg").exists()
 
@@ -191,7 +200,28 @@ def test_setups() -> None:
     for setup in SETUPS:
         assert setup.arms[0] is BASELINE
         assert all(SHOWN_DELAY_US in setup.delays_us(load) for load in setup.loads)
-        assert (SKEWED in setup.loads) == (setup.version != "0.11.0")
+        assert (SKEWED in setup.loads) == (setup.version != "0.11.0" and setup.dp_size == 2)
     # Every delay on every version.
     assert {setup.version for setup in SETUPS if setup.delays_us(EVEN) == DELAYS_US} == {"0.11.0", "0.13.0", "0.23.0"}
     assert replace(SETUPS[0], drafts=3).largest_step == 32
+
+
+def test_the_arm_that_tells_its_mode_late_differs_by_one_condition(tmp_path: Path) -> None:
+    plain = bench_node.environment(GRAPH_SYNC, tmp_path / "plain")
+    late = bench_node.environment(GRAPH_SYNC_LATE, tmp_path / "late")
+    assert set(late) - set(plain) == {"PYTHONPATH", "PYTHONSAFEPATH"}
+    copy = tmp_path / "late" / "dp_sync_patch"
+    assert not (tmp_path / "plain").exists()
+    differing = [
+        (path.relative_to(copy).as_posix(), old, new)
+        for path in copy.rglob("*.py")
+        for old, new in zip(
+            (Path(dp_sync_patch.__file__).parent / path.relative_to(copy)).read_text().splitlines(),
+            path.read_text().splitlines(),
+            strict=True,
+        )
+        if old != new
+    ]
+    ((file, old, new),) = differing
+    assert file == "patches/graph_mode.py"
+    assert old.replace("runtime.sync_graph_mode", "False") == new
