@@ -81,7 +81,10 @@ STARTED = time.monotonic()
 
 @dataclass(eq=False)
 class Process:
-    """A child in a process group of its own, with its output in a log file."""
+    """A child in a process group of its own, with its output in a log file.
+
+    `companions` are useless without it: they are started again when it is.
+    """
 
     name: str
     command: list[str]
@@ -89,6 +92,7 @@ class Process:
     env: dict[str, str]
     popen: subprocess.Popen[bytes] | None = None
     members: dict[int, psutil.Process] = field(default_factory=dict)
+    companions: list[Process] = field(default_factory=list)
 
     def start(self) -> None:
         with self.log.open("wb") as log:
@@ -201,10 +205,14 @@ class Cluster:
         deadline = time.monotonic() + timeout_s
         while pending:
             for process in pending.keys() - again:
-                if process.returncode() is not None and process.lost_a_port():
+                together = [*process.companions, process]
+                if any(one.returncode() is not None and one.lost_a_port() for one in together):
                     say(f"{process.name} found a port taken that it had picked; starting it again")
                     again.add(process)
-                    process.start_again()
+                    for one in together:
+                        one.stop()
+                    for one in together:
+                        one.start_again()
             for process, url in list(pending.items()):
                 self.check()
                 process.remember()

@@ -27,7 +27,6 @@ sys.path[:0] = [str(ROOT / folder) for folder in ("examples", "tests/serve", "te
 
 from bench_cells import (  # noqa: E402  (this line and the next ones need the path above)
     INPUT_LEN,
-    OUTPUT_LEN,
     OWN_SKIP,
     SETUPS,
     Arm,
@@ -83,7 +82,7 @@ def environment(arm: Arm, folder: Path) -> dict[str, str]:
     return found
 
 
-def bench_serve(url: str, model: Path, load: Load) -> list[dict[str, Any]]:
+def bench_serve(url: str, model: Path, load: Load, output_len: int) -> list[dict[str, Any]]:
     """All commands of the load at the same time; what each of them returns.
 
     Raises:
@@ -99,7 +98,7 @@ def bench_serve(url: str, model: Path, load: Load) -> list[dict[str, Any]]:
     common = [
         *("--backend", "openai", "--base-url", url, "--endpoint", "/v1/completions", "--ignore-eos"),
         *("--model", str(model), "--served-model-name", "toy", "--dataset-name", "random", "--disable-tqdm"),
-        *("--random-input-len", str(INPUT_LEN), "--random-output-len", str(OUTPUT_LEN), "--random-range-ratio", "0"),
+        *("--random-input-len", str(INPUT_LEN), "--random-output-len", str(output_len), "--random-range-ratio", "0"),
         *("--ready-check-timeout-sec", "0", "--percentile-metrics", "tpot", "--metric-percentiles", "50,99"),
     ]
     runs = [parse([*common, *command]) for command in load.commands]
@@ -137,12 +136,14 @@ def turns(setup: Setup, count: int) -> Iterator[tuple[Load, int, int, Arm]]:
                 yield load, delay_us, turn, arm
 
 
-def measure(nodes: TwoNodes, node: SplitNode, model: Path, load: Load, delay_us: int) -> dict[str, float]:
+def measure(
+    nodes: TwoNodes, node: SplitNode, model: Path, load: Load, output_len: int, delay_us: int
+) -> dict[str, float]:
     nodes.set(Link(delay_us))
     # Stock 0.11.0 synchronises on the devices: a ring or a halving of two nodes crosses the link twice.
     node.set_hccl_delay(2 * delay_us)
     began = time.monotonic()
-    results = nodes.run(0, lambda: bench_serve(node.head.url, model, load))
+    results = nodes.run(0, lambda: bench_serve(node.head.url, model, load, output_len))
     ended = time.monotonic()
     wait_until_quiet(node)
     busiest = max(results, key=lambda result: result["completed"])
@@ -183,7 +184,7 @@ def run(setup: Setup, folder: Path, count: int) -> list[Measured]:
                 continue
             which = {"load": load.name, "delay_us": delay_us, "turn": turn, "arm": arm.name}
             try:
-                window = Window(**which, **measure(nodes, arms[arm.name], model, load, delay_us))
+                window = Window(**which, **measure(nodes, arms[arm.name], model, load, setup.output_len, delay_us))
             except (DemoError, TimeoutError, OSError) as error:
                 failed[arm.name] = reason(error, arms[arm.name])
                 say(f"{setup.name}, {arm.name}: {failed[arm.name]}\n{error}")

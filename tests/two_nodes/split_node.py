@@ -86,4 +86,5 @@ def split_node(
         halves.append(half)
     head, tail = halves
     tail.process.command = nodes.on(1, *tail.process.command)
+    head.process.companions.append(tail.process)
     return SplitNode(head, tail, hccl_delay_file)

@@ -111,13 +111,23 @@ def test_a_node_that_lost_a_port_is_started_again_once(tmp_path: Path, monkeypat
     node = process(tmp_path, PORT_TAKEN)
     node.command.append(str(port))
     node.env["VIRTUAL_NPU_LEDGER_DIR"] = str(ledger)
+    companion = process(tmp_path, "print('up', flush=True); import time; time.sleep(300)")
+    companion.log = tmp_path / "companion.log"
+    node.companions.append(companion)
+    cluster.start(companion)
+    first = companion.popen
     cluster.start(node)
     try:
         cluster.wait_until_ready({node: f"http://{HOST}:{port}/"}, 30)
         assert "DistNetworkError" in (tmp_path / "node.first.log").read_text()
         assert len(list(ledger.iterdir())) == 1
+        assert first is not None
+        assert first.poll() is not None
+        assert companion.returncode() is None
+        assert (tmp_path / "companion.first.log").exists()
     finally:
         node.stop(grace_s=1)
+        companion.stop(grace_s=1)
     always = process(tmp_path, "raise OSError('torch.distributed.DistNetworkError: address already in use')")
     cluster = Cluster()
     cluster.start(always)
