@@ -154,7 +154,9 @@ def section(cells: Sequence[Cell], runs: dict[str, Any]) -> str:
 
 def tables(cells: Sequence[Cell]) -> str:
     """All cells, a table for each delay."""
-    return "\n".join(f"## {delay_us / 1000:g} ms one way\n\n{table(cells, delay_us)}" for delay_us in DELAYS_US)
+    head = '# All loads and delays of `make bench`\n\nSee README, "What it is worth".\n'
+    parts = (f"## {delay_us / 1000:g} ms one way\n\n{table(cells, delay_us)}" for delay_us in DELAYS_US)
+    return "\n".join([head, *parts])
 
 
 def in_order(cells: Sequence[Cell], runs: dict[str, Any]) -> tuple[list[Cell], dict[str, Any]]:

@@ -86,7 +86,7 @@ class Setup:
 
     @property
     def loads(self) -> tuple[Load, ...]:
-        """The server of 0.11.0 does not take a DP rank from its clients."""
+        """The server of 0.11.0 does not take a DP rank from its clients. Where ranks share cores, one load will do."""
         if self.dp_size > 2:
             return (EVEN,)
         return tuple(load for load in (EVEN, SKEWED, TRICKLE) if not load.pinned or self.version != "0.11.0")
