@@ -69,10 +69,11 @@ $(UV):
 	$(PYTHON) -m venv $(TOOLS)
 	$(TOOLS)/bin/pip install -q uv
 
-# The stock wheels exactly as published, and the tools that the tests and the demo use beside them.
+# The stock wheels exactly as published, and the tools that the tests and the demo use beside them. Compiled once: where
+# PYTHONDONTWRITEBYTECODE is set, each of hundreds of processes would do it anew.
 $(VENV)/.stock: $(REQUIREMENTS).txt $(REQUIREMENTS)-overrides.txt tests/requirements.txt | $(UV)
 	test -x $(PY) || $(UV) venv -q --python $(PYTHON) $(VENV)
-	$(UV) pip install -q --python $(PY) -r $(REQUIREMENTS).txt -r tests/requirements.txt --overrides $(REQUIREMENTS)-overrides.txt
+	$(UV) pip install -q --compile-bytecode --python $(PY) -r $(REQUIREMENTS).txt -r tests/requirements.txt --overrides $(REQUIREMENTS)-overrides.txt
 	touch $@
 
 $(VENV)/.virtual-npu: $(VENV)/.stock $(NPU_SOURCES)
