@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import subprocess
@@ -12,12 +13,14 @@ import time
 from dataclasses import asdict
 from itertools import permutations
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dp_sync_patch import agreement
 from dp_sync_patch.agreement import Verdict, decide
 
 pytestmark = pytest.mark.timeout(120)
@@ -149,7 +152,7 @@ def test_a_missing_rank_is_named_and_a_late_one_follows(kind: str, tmp_path: Pat
     ranks.close()
     for result in first:
         assert (result["agreed"], result["code"]) == (False, "DSP202")
-    assert first[0]["why"].endswith("from rank(s) 2, 3")
+    assert first[0]["why"].endswith("from ranks 2-3")
     assert {name: late[name] for name in ("agreed", "code", "why")} == {
         name: first[0][name] for name in ("agreed", "code", "why")
     }
@@ -220,3 +223,138 @@ def test_a_follower_waits_no_longer_than_it_says() -> None:
     verdict = decide(DictStore(), RECORD, round_name="start", rank=1, world_size=2, timeout_s=0.1, grace_s=0.1)
     assert verdict.code == "DSP203"
     assert 0.2 <= time.monotonic() - started < 2
+
+
+def _why(records: list[dict[str, Any]]) -> str:
+    """What rank 0 says of these records, which differ."""
+    store = DictStore()
+    for rank, record in enumerate(records):
+        store.set(f"dp_sync_patch/start/rank/{rank}", json.dumps(record, sort_keys=True))
+    verdict = decide(store, records[0], round_name="start", rank=0, world_size=len(records), timeout_s=0.1)
+    assert (verdict.agreed, verdict.code) == (False, "DSP201")
+    return verdict.why
+
+
+def _record(soc: str, more: int = 0) -> dict[str, Any]:
+    """`more`: how many fields follow from the one."""
+    return {"facts": {"max_num_seqs": 32, "soc": soc, **{f"option_{number:02}": soc for number in range(more)}}}
+
+
+@pytest.mark.parametrize("odd", [0, 100, 255])
+def test_one_odd_rank_of_256_is_named_alone(odd: int) -> None:
+    """Also where it is rank 0, which judges."""
+    why = _why([_record("A2" if rank == odd else "A3", more=40) for rank in range(256)])
+    others = {0: "ranks 1-255", 100: "ranks 0-99, 101-255", 255: "ranks 0-254"}[odd]
+    assert why.startswith(f"ranks differ from {others}; rank {odd}: facts.option_00 'A2' instead of 'A3', ")
+    assert why.count("rank ") == 1
+    assert why.endswith(", 33 more")
+    assert len(why) < 1000
+
+
+def test_equal_ranks_are_told_of_once() -> None:
+    why = _why([_record({3: "A2", 4: "A2", 5: "A2", 9: "A2", 7: "A5"}.get(rank, "A3")) for rank in range(12)])
+    assert why == (
+        "ranks differ from ranks 0-2, 6, 8, 10-11; ranks 3-5, 9: facts.soc 'A2' instead of 'A3'; "
+        "rank 7: facts.soc 'A5' instead of 'A3'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("socs", "why"),
+    [
+        (["A3", "A2"], "ranks differ from rank 0; rank 1: facts.soc 'A2' instead of 'A3'"),
+        (["A3", "A2", "A2", "A3"], "ranks differ from ranks 0, 3; ranks 1-2: facts.soc 'A2' instead of 'A3'"),
+        # Rank 0 is not among the larger groups; the first of them counts.
+        (
+            ["A5", "A2", "A3", "A2", "A3"],
+            "ranks differ from ranks 1, 3; rank 0: facts.soc 'A5' instead of 'A2'; "
+            "ranks 2, 4: facts.soc 'A3' instead of 'A2'",
+        ),
+    ],
+)
+def test_of_groups_of_one_size_the_first_is_the_reference(socs: list[str], why: str) -> None:
+    assert _why([_record(soc) for soc in socs]) == why
+
+
+@pytest.mark.parametrize("groups", [256, 64, 10])
+def test_many_different_minorities_stay_readable(groups: int) -> None:
+    """Each with many fields, and in the worst order for lists of ranks."""
+    why = _why([_record(f"A{rank % groups:03}", more=40) for rank in range(256)])
+    assert why.count(" instead of 'A000'") == 8 * 8
+    assert why.endswith(f"; {groups - 9} more groups of ranks")
+    assert len(why) < 5000
+
+
+def test_missing_ranks_are_told_of_in_runs() -> None:
+    store = DictStore()
+    for rank in (1, 2, 6, 250):
+        store.set(f"dp_sync_patch/start/rank/{rank}", json.dumps(RECORD, sort_keys=True))
+    verdict = decide(store, RECORD, round_name="start", rank=0, world_size=256, timeout_s=0.01)
+    assert (verdict.code, verdict.why) == (
+        "DSP202",
+        "no answer within 0.01 s from ranks 3-5, 7-249, 251-255",
+    )
+    assert decide(DictStore(), RECORD, round_name="start", rank=0, world_size=2, timeout_s=0.01).why.endswith(
+        "from rank 1"
+    )
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_verdict_of_another_version_is_read(rank: int) -> None:
+    """It has a field that this version does not know."""
+    written = {"agreed": False, "code": "DSP201", "why": "rank 1: version", "since": 3}
+    store = DictStore()
+    store.set("dp_sync_patch/start/verdict", json.dumps(written))
+    verdict = decide(store, RECORD, round_name="start", rank=rank, world_size=2, timeout_s=0.01)
+    assert verdict == Verdict(False, "DSP201", "rank 1: version")
+
+
+class LateStore(DictStore):
+    """Counts the looks at it. A key is there from its time on, by a clock that only sleeping moves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **appearing: float) -> None:
+        super().__init__()
+        self.now, self.looks, self.appearing = 1000.0, 0, appearing
+        clock = SimpleNamespace(monotonic=lambda: self.now, sleep=self.sleep)
+        monkeypatch.setattr(agreement, "time", clock)
+
+    def sleep(self, seconds: float) -> None:
+        assert seconds > 0
+        self.now = max(self.now + seconds, math.nextafter(self.now, math.inf))  # time goes on
+
+    def check(self, keys: list[str], /) -> bool:
+        self.looks += 1
+        for key in keys:
+            if self.now - 1000.0 >= self.appearing.get(key.rpartition("/")[2], math.inf) and key not in self.values:
+                appeared = asdict(Verdict(True)) if key.endswith("verdict") else RECORD
+                self.values[key] = json.dumps(appeared, sort_keys=True).encode()
+        return super().check(keys)
+
+
+def test_a_follower_that_waits_in_vain_asks_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    """255 of them ask the process of rank 0, which is late and has other things to do."""
+    store = LateStore(monkeypatch)
+    verdict = decide(store, RECORD, round_name="start", rank=7, world_size=256, timeout_s=50, grace_s=10)
+    assert verdict.code == "DSP203"
+    assert store.now - 1000.0 == pytest.approx(60)
+    assert store.looks < 200  # 3,000 at 20 ms
+
+
+def test_rank_0_that_waits_in_vain_asks_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = LateStore(monkeypatch)
+    verdict = decide(store, RECORD, round_name="start", rank=0, world_size=2, timeout_s=60)
+    assert verdict.code == "DSP202"
+    assert store.now - 1000.0 == pytest.approx(60)
+    assert store.looks < 200
+
+
+@pytest.mark.parametrize("late_s", [0, 0.01, 0.3, 2, 9.99, 30, 59.9])
+@pytest.mark.parametrize(("rank", "key"), [(7, "verdict"), (0, "1")])
+def test_what_comes_late_is_noticed_soon(monkeypatch: pytest.MonkeyPatch, late_s: float, rank: int, key: str) -> None:
+    """A verdict by a follower, the record of rank 1 by rank 0."""
+    store = LateStore(monkeypatch, **{key: late_s})
+    world_size = 2 if rank == 0 else 256
+    verdict = decide(store, RECORD, round_name="start", rank=rank, world_size=world_size, timeout_s=60, grace_s=0)
+    assert verdict.agreed
+    assert late_s <= store.now - 1000.0 <= 1.1 * late_s + 0.02 + 1e-6
+    assert store.looks < 200
