@@ -96,7 +96,7 @@ def explain(words: Sequence[str], soc: str) -> dict[str, Any]:
     settings.load()  # before seconds of imports
     import_stock()
     config = _vllm_config(program, flags)
-    configured = settings.load(config.additional_config)
+    configured = settings.load(config)
     from vllm_ascend.utils import is_moe_model
 
     mc2_capacity = mc2_tokens_capacity(config)
@@ -174,7 +174,7 @@ def _notes(parallel: Any) -> list[str]:
     if parallel.data_parallel_external_lb:
         notes.append(f"this is DP rank {parallel.data_parallel_rank} alone: explain the command line of each rank")
     if "ray" in (parallel.data_parallel_backend, parallel.distributed_executor_backend):
-        notes.append("Ray workers do not inherit DP_SYNC_PATCH_*; settings have to be in --additional-config")
+        notes.append("Ray processes on other machines have the environment of `ray start` there, see README on Ray")
     return notes
 
 

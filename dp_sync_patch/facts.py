@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stock configuration -> Facts. The only module that reads the configuration objects of vLLM and vllm-ascend.
 
-Nothing here depends on requests or steps. `additional_config` is read as given instead of through `AscendConfig`: the
-engine process never initialises the latter, and both processes have to come to the same Facts.
+Nothing here depends on requests or steps. `additional_config` is read as given instead of through `AscendConfig`, of
+which stock keeps the first one of a process.
 """
 
 import os
@@ -25,8 +25,6 @@ _DEFAULT_BUFFSIZE_MB = 200  # HCCL's own default
 class Facts:
     """What a decision may rest on; equal on all ranks of a sound deployment.
 
-    None means "this process cannot know": the engine process sees no device and no process group. A condition on such
-    a value counts as met there, so an engine never refuses where its worker would skip.
     A feature that is either on or off is a text: the names of what switched it on, empty when it is off.
     """
 
@@ -39,16 +37,16 @@ class Facts:
     pipeline_parallel_size: int
     prefill_context_parallel_size: int
     decode_context_parallel_size: int
-    process_group_size: int | None
+    process_group_size: int
     executor_backend: str
     elastic_ep: str
     enable_expert_parallel: bool
     worker_cls: str
     worker_cls_known: bool
     model_runner_v2: str
-    soc: str | None  # A2, A3 or another name of stock's device type
+    soc: str  # A2, A3 or another name of stock's device type
     a2_max_local_experts: int  # 0 = stock has no such limit
-    mc2_tokens_capacity: int | None  # tokens per DP rank, as stock latched it
+    mc2_tokens_capacity: int  # tokens per DP rank, as stock latched it
     hidden_size: int
     num_experts: int  # 0 = not found in the model's configuration
     experts_per_token: int  # 0 = not found
@@ -103,16 +101,16 @@ def read(
     stock: Stock,
     *,
     is_moe: bool,
-    soc: str | None = None,
-    mc2_tokens_capacity: int | None = None,
-    process_group_size: int | None = None,
+    soc: str,
+    mc2_tokens_capacity: int,
+    process_group_size: int,
     environ: Mapping[str, str] | None = None,
 ) -> Facts:
     """Read one VllmConfig. Options that a version does not have are off there; stock ignores them as well.
 
     Args:
         is_moe: result of vllm-ascend's own `is_moe_model`.
-        soc, mc2_tokens_capacity, process_group_size: known in a worker only.
+        soc, mc2_tokens_capacity, process_group_size: see there; no configuration has them.
         environ: the environment; the one of this process by default.
     """
     environ = os.environ if environ is None else environ

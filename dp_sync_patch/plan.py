@@ -204,13 +204,13 @@ def concerns(facts: Facts) -> bool:
 
 
 def _capacity_flag(facts: Facts, sizes: Sizes) -> str:
-    capacity = facts.mc2_tokens_capacity or 0
+    capacity = facts.mc2_tokens_capacity
     if facts.graph_mode != "NONE":
         capacity = min(capacity, max(facts.capture_sizes, default=0))
     options = [_smaller_step(facts, capacity)]
     if not facts.recompute_in_effect:
         options.insert(0, _recompute_flag(facts))
-    if facts.graph_mode != "NONE" and sizes.tokens_per_rank <= OPERATOR_LIMIT.get(str(facts.soc), 0):
+    if facts.graph_mode != "NONE" and sizes.tokens_per_rank <= OPERATOR_LIMIT.get(facts.soc, 0):
         options.append(_captures_flag(facts, sizes.token_budget))
     return " or ".join(options)
 
@@ -305,17 +305,17 @@ RULES: tuple[Rule, ...] = (
             "--enable-expert-parallel"),
     _option("DSP102", "only a decode node never has to prefill", "kv_role", "kv_consumer",
             '--kv-transfer-config with "kv_role": "kv_consumer"'),
-    _rule("DSP103", "MC2 is not known on this device", lambda f, s: f.soc is None or f.soc in OPERATOR_LIMIT,
+    _rule("DSP103", "MC2 is not known on this device", lambda f, s: f.soc in OPERATOR_LIMIT,
           lambda f, s: f.soc, "A2 or A3", ""),
     _rule("DSP104", "the largest possible step does not fit the MC2 capacity",
-          lambda f, s: f.mc2_tokens_capacity is None or s.bound <= f.mc2_tokens_capacity,
+          lambda f, s: s.bound <= f.mc2_tokens_capacity,
           lambda f, s: f"{s.bound} tokens per DP rank", lambda f, s: f"at most {f.mc2_tokens_capacity}",
           _capacity_flag),
     _rule("DSP105", "the dispatch operator rejects the largest possible step",
           lambda f, s: f.soc not in OPERATOR_LIMIT or s.tokens_per_rank <= OPERATOR_LIMIT[f.soc],
           lambda f, s: f"{s.tokens_per_rank} tokens per EP rank on {f.soc}",
-          lambda f, s: f"at most {OPERATOR_LIMIT.get(str(f.soc))}",
-          lambda f, s: _smaller_step(f, OPERATOR_LIMIT.get(str(f.soc), 0) * f.tensor_parallel_size)),
+          lambda f, s: f"at most {OPERATOR_LIMIT.get(f.soc)}",
+          lambda f, s: _smaller_step(f, OPERATOR_LIMIT.get(f.soc, 0) * f.tensor_parallel_size)),
     _rule("DSP106", "the HCCL window is too small for the agreed global_bs",
           lambda f, s: s.window_mb <= f.hccl_buffsize_mb,
           lambda f, s: f"{f.hccl_buffsize_mb} MB" if f.hccl_buffsize_mb else "no positive number in HCCL_BUFFSIZE",
@@ -359,7 +359,7 @@ RULES: tuple[Rule, ...] = (
           lambda f, s: f"captures up to {max(f.capture_sizes, default=0)}", lambda f, s: f"up to {s.token_budget}",
           lambda f, s: f"{_captures_flag(f, s.token_budget)} or --enforce-eager"),
     _rule("DSP124", "the default process group does not span all ranks",
-          lambda f, s: f.process_group_size in (None, f.ep_world_size * f.pipeline_parallel_size),
+          lambda f, s: f.process_group_size == f.ep_world_size * f.pipeline_parallel_size,
           lambda f, s: f.process_group_size, lambda f, s: f.ep_world_size * f.pipeline_parallel_size, ""),
     _rule("DSP125", "graphs have not been run with the skip on this stock", lambda f, s: f.graph_mode_known,
           lambda f, s: f.graph_mode, "no graphs", "--enforce-eager"),

@@ -8,6 +8,7 @@ DP_SYNC_PATCH_DELEGATE_PLUGINS=off.
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from importlib import metadata
 
 from dp_sync_patch import runtime, settings
@@ -59,12 +60,12 @@ def platform() -> str | None:
 
 
 def register() -> None:
-    """Entry point of `vllm.general_plugins`: check the settings, load the filtered-out Ascend plugins, once.
+    """Entry point of `vllm.general_plugins`: check the settings, pass them on, load the filtered-out Ascend plugins.
 
-    The import hooks are armed by importing the package, as far as its moment allowed (see `runtime.install`). What
-    raises here stops vLLM, as intended for bad settings.
+    The import hooks are armed by importing the package. What raises here stops vLLM, as intended for bad settings.
     """
     delegate = settings.load().delegate_plugins == "on"
+    _register_variables()
     runtime.install()
     chosen = allowed()
     if chosen is None:
@@ -85,3 +86,12 @@ def register() -> None:
     if fresh:
         names = ", ".join(entry.name for entry in fresh)
         logger.info("loaded the plugins of %s that VLLM_PLUGINS left out: %s", VLLM_ASCEND, names)
+
+
+def _register_variables() -> None:
+    """vLLM copies the environment variables that it knows to its Ray actors, and no others."""
+    from vllm import envs
+
+    for name in settings.variables():
+        if name in os.environ:  # else nothing changes
+            envs.environment_variables.setdefault(name, partial(os.environ.get, name))

@@ -11,9 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-import wrapt
-
-from dp_sync_patch import agreement, facts, live, settings, stock
+from dp_sync_patch import agreement, facts, import_hooks, live, settings, stock
 from dp_sync_patch.errors import (
     AgreementError,
     DpSyncPatchError,
@@ -43,8 +41,10 @@ sync_graph_mode = False
 uniform_batches = False
 in_draft_passes = False  # set by `patches.draft_passes`
 in_profile_run = False  # set by `patches.startup`; all ranks profile together
+unconfirmed = False  # the skip is in force, and the engine of this worker has not said that it keeps to the bound
 _latched: _Latched | None = None
 _runner: Any = None  # the model runner that the skip is in force for
+_starts = 0  # engines of this process that held a first round; their rounds must not see each other
 _hooked: set[str] = set()
 _armed = False
 _stood_down: list[str] = []
@@ -63,42 +63,42 @@ def install() -> None:
     import, and goes on without it. Bad settings are raised by the plugin's `register`, which calls this once more."""
     global _armed
     try:
-        if settings.load().mode == "off":
-            return
+        mode = settings.load().mode
     except DpSyncPatchError as error:
         logger.error("%s; nothing is patched", error)
         return
     _armed = True
     for unit, name in TRIGGERS.items():
-        if _is_half_made(name):
-            # vLLM resolves its platform, and so imports us, in the middle of many imports. A hook would run at once
-            # on the half-made module; `register` comes back when it is complete.
+        # An engine that is switched off still has to see to it that none of its workers skips.
+        if mode == "off" and unit != "engine":
             continue
         if unit not in _hooked:
             _hooked.add(unit)
             for each in (name, *STAND_INS[unit]):
-                if not _is_half_made(each):
-                    wrapt.register_post_import_hook(partial(_on_import, unit), each)
+                import_hooks.when_imported(each, partial(_on_import, unit))
         # A second install after uninstall() has no import to wait for.
-        elif registry.units.get(unit) is None and name in sys.modules:
+        elif registry.units.get(unit) is None and name in sys.modules and not import_hooks.is_half_made(name):
             _on_import(unit)
 
 
-def _is_half_made(module: str) -> bool:
-    return bool(getattr(getattr(sys.modules.get(module), "__spec__", None), "_initializing", False))
-
-
-def _on_import(unit: str, _module: object = None) -> None:
+def _on_import(unit: str) -> None:
     """Apply a unit; any misfit leaves this process as stock made it, with one loud line (an error in `require`)."""
     if not _armed or registry.units.get(unit) == "applied":
         return
     try:
         entry = stock.require()
         # A worker relies on the engine's clamp: what does not fit there must not skip here.
-        for name in ("engine", "worker") if unit == "worker" else (unit,):
+        units = ("engine", "worker") if unit == "worker" else (unit,)
+        points = {name: points_of(name, entry.vllm_ascend) for name in units}
+        for point in (point for name in units for point in points[name]):
+            if import_hooks.is_half_made(point.module):
+                # A worker imports its model runner, whose hook this may be.
+                import_hooks.when_imported(point.module, partial(_on_import, unit))
+                return
+        for name in units:
             if name == "worker" and live.model_is_built():
                 raise StandDownError("DSP008", "loaded too late: the MoE dispatchers of this process exist already")
-            if registry.apply(name, points_of(name, entry.vllm_ascend)):
+            if registry.apply(name, points[name]):
                 logger.debug("unit %s applied", name)
     except StandDownError as error:
         registry.units.setdefault(unit, str(error))
@@ -107,7 +107,8 @@ def _on_import(unit: str, _module: object = None) -> None:
             raise
         if str(error) not in _stood_down:
             _stood_down.append(str(error))
-        warn_once(f"{error}; nothing is patched, this process runs stock vllm-ascend")
+        if settings.load().mode != "off":
+            warn_once(f"{error}; nothing is patched, this process runs stock vllm-ascend")
 
 
 def uninstall() -> int:
@@ -127,16 +128,6 @@ def uninstall() -> int:
     return count
 
 
-def engine_plan(vllm_config: Any) -> Plan | None:
-    """The plan to enforce on a scheduler, or None. Worked out without device and process group; in a process that
-    has a worker too, what the ranks agreed on wins."""
-    if _latched is not None:
-        return _latched.plan if _latched.state is State.SKIP else None
-    configured = settings.load(vllm_config.additional_config)
-    plan = make_plan(_read_facts(vllm_config), configured.mode, graph_mode=configured.graph_mode)
-    return plan if plan.state is State.SKIP else None
-
-
 def _read_facts(vllm_config: Any, **known: Any) -> Facts:
     from vllm_ascend.utils import is_moe_model
 
@@ -144,23 +135,28 @@ def _read_facts(vllm_config: Any, **known: Any) -> Facts:
 
 
 def latch(runner: Any) -> None:
-    """First round, in NPUModelRunner before load_model: decide once for this process, together with all ranks.
+    """First round, in NPUModelRunner before load_model: decide for the engine of this runner, together with all ranks.
 
     Raises:
         SettingsError, SkipRequiredError: see there.
-        AgreementError: a second runner in this process would need another decision, or the store is gone.
+        AgreementError: a second runner in this process needs another decision, and one of them skips; or the store is
+            gone.
     """
-    global _latched, skip_sizes
-    configured = settings.load(runner.vllm_config.additional_config)
+    global _latched, _starts
+    configured = settings.load(runner.vllm_config)
     rank, world_size = _process_group()
     found = _read_worker_facts(runner, live.mc2_tokens_capacity(runner), world_size)
-    if _latched is not None:
-        if _comparable(found) != _comparable(_latched.facts):
-            raise AgreementError("DSP205", "another model runner with another configuration in this process")
-        _put_in_force(runner, _latched.state, _latched.plan)
-        return
-
     plan = make_plan(found, configured.mode, _not_intact(), graph_mode=configured.graph_mode)
+    if _latched is not None:
+        if _comparable(found) == _comparable(_latched.facts):
+            if runner is not _runner:
+                _starts += 1
+                _put_in_force(runner, _latched.state, _latched.plan)
+            return
+        if State.SKIP in (_latched.state, plan.state):
+            raise AgreementError("DSP205", "another model runner with another configuration in this process")
+
+    _starts += 1
     verdict = None
     if concerns(found):
         verdict = _agree("start", _record(configured, found, plan), configured, rank, world_size)
@@ -186,7 +182,7 @@ def _agree(
         return agreement.decide(
             _store(),
             record,
-            round_name=round_name,
+            round_name=f"{round_name}-{_starts}",
             rank=rank,
             world_size=world_size,
             timeout_s=configured.agreement_timeout_s,
@@ -217,7 +213,7 @@ def settle(planned: State, verdict: agreement.Verdict | None, *, own_skip: bool)
     return State.SYNC
 
 
-def confirm(runner: Any) -> None:
+def confirm_kv_cache(runner: Any) -> None:
     """Second round, after KV-cache initialisation: nothing the verdict rests on may have moved, on any rank.
 
     Raises:
@@ -240,15 +236,82 @@ def confirm(runner: Any) -> None:
     if capacity != first.plan.sizes.bound:
         moved.append(f"mc2_tokens_capacity {capacity} instead of {first.plan.sizes.bound}")
     record = {"moved": "; ".join(moved), **_record(first.settings, found, plan)}
-    verdict = _agree("kv-cache", record, first.settings, first.rank, first.world_size)
-    if moved or not verdict.agreed:
-        problem = "; ".join([*moved, verdict.why] if verdict.why else moved)
-        raise AgreementError("DSP206", f"the configuration moved after start-up: {problem}")
+    _agree_again(first, "kv-cache", record, moved, "DSP206", "the configuration moved after start-up")
+
+
+def plan_in_force(worker: Any) -> Plan | None:
+    """For the engine, in each of its workers: what it has to keep to; None where the ranks do not skip."""
+    return _latched.plan if _latched is not None and _latched.state is State.SKIP else None
+
+
+def confirm_engine(worker: Any, configured: Settings, token_budget: int, graph_level: str) -> None:
+    """Third round, for the engine in each of its workers, once the scheduler exists: what all engines keep to.
+
+    Args:
+        configured: the engine's.
+        token_budget: tokens that the engine's scheduler may put into one step.
+        graph_level: what the scheduler shapes its batches for, see `Plan`.
+
+    Raises:
+        AgreementError: on all ranks alike; none of them has made a serving step in `skip`.
+    """
+    global unconfirmed
+    if _latched is None or _latched.state is not State.SKIP:
+        return
+    first = _latched
+    engine, own = configured.values(), first.settings.values()
+    differs = [
+        f"{name}={configured.describe(name)} in the engine process of DP rank {dp_rank()}, and "
+        f"{first.settings.describe(name)} in its worker"
+        for name in own
+        if engine[name] != own[name]
+    ]
+    if not differs:  # else these follow
+        if token_budget > first.plan.sizes.token_budget:
+            differs.append(f"the scheduler of DP rank {dp_rank()} allows {token_budget} tokens per step")
+        if graph_level != first.plan.graph_level:
+            differs.append(f"the scheduler of DP rank {dp_rank()} keeps to graph level {graph_level}")
+    record = {
+        "differs": "; ".join(differs),
+        "engine": {"settings": engine, "token_budget": token_budget, "graph_level": graph_level},
+        **_record(first.settings, first.facts, first.plan),
+    }
+    _agree_again(first, "engine", record, differs, "DSP208", "engine and workers have to be set alike")
+    unconfirmed = False
+
+
+def _agree_again(
+    first: _Latched, round_name: str, record: dict[str, Any], wrong: list[str], code: str, what: str
+) -> None:
+    """A later round: all ranks go on as agreed, or all of them stop.
+
+    Args:
+        wrong: what is, on this rank. It is in the record, so that every rank gets to know it.
+    """
+    verdict = _agree(round_name, record, first.settings, first.rank, first.world_size)
+    if verdict.code in ("DSP202", "DSP203"):  # nobody knows of a difference
+        raise AgreementError(verdict.code, f"{verdict.why}, in the round {round_name!r} of the start-up")
+    if wrong or not verdict.agreed:
+        raise AgreementError(code, f"{what}: {'; '.join([*wrong, verdict.why] if verdict.why else wrong)}")
+
+
+def refuse_unconfirmed() -> None:
+    """Before anything is communicated in a step.
+
+    Raises:
+        AgreementError: nothing keeps the scheduler of this worker to the bound that the other ranks rely on.
+    """
+    if unconfirmed:
+        raise AgreementError(
+            "DSP209",
+            f"DP rank {dp_rank()}: the ranks skip, and the engine process of this rank has not confirmed that it keeps "
+            "to their bound; it has to load the overlay as well",
+        )
 
 
 def _put_in_force(runner: Any, state: State, plan: Plan) -> None:
     """In `skip`: selector and captures follow the agreed bound, so that no MC2 call can exceed global_bs."""
-    global skip_sizes, sync_graph_mode, uniform_batches, _runner
+    global skip_sizes, sync_graph_mode, uniform_batches, unconfirmed, _runner
     if state is not State.SKIP:
         return
     sizes = plan.sizes
@@ -260,10 +323,11 @@ def _put_in_force(runner: Any, state: State, plan: Plan) -> None:
     skip_sizes = sizes
     sync_graph_mode = plan.graph_level == "sync"
     uniform_batches = plan.graph_level == "uniform"
+    unconfirmed = True
     _runner = runner
 
 
-def _read_worker_facts(runner: Any, capacity: int | None, world_size: int) -> Facts:
+def _read_worker_facts(runner: Any, capacity: int, world_size: int) -> Facts:
     return _read_facts(
         runner.vllm_config,
         soc=live.device_type(),
@@ -365,6 +429,11 @@ def _report(latched: _Latched) -> None:
     """One INFO line for the skip, one WARNING per reason against it; from the first rank of each DP rank."""
     if not _reports(latched):
         return
+    if any(source == settings.ADDITIONAL for _, source in latched.settings.sources):
+        logger.info(
+            "DSP404 vllm-ascend 0.27.1rc1 and later refuse additional_config.dp_sync_patch; "
+            "kv_transfer_config.kv_connector_extra_config has room for it on every version"
+        )
     if latched.state is State.SKIP:
         sizes = latched.plan.sizes
         logger.info(
@@ -413,6 +482,6 @@ def status() -> dict[str, Any]:
         plan = _latched.plan
         result["plan"] = {"state": plan.state.name.lower(), "graph_level": plan.graph_level, **asdict(plan.sizes)}
         result["verdict"] = asdict(_latched.verdict) if _latched.verdict is not None else None
-    elif not _armed:
+    elif not _armed or configured.mode == "off":
         result["state"] = "off"
     return result

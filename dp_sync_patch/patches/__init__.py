@@ -236,7 +236,7 @@ def points_of(unit: str, version: str) -> list[PatchPoint]:
     """The points of a unit for one vllm-ascend version. Imports the wrappers, hence torch: never at package import."""
     modules = {
         "worker": ("startup", "metadata_sync", "draft_passes", "graph_mode", "comm_selector", "mc2_arguments"),
-        "engine": ("scheduler_bound",),
+        "engine": ("engine_startup",),
     }
     found: list[PatchPoint] = []
     for name in modules[unit]:

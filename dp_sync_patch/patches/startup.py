@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two moments of the start-up protocol: before the model is built, and after the KV cache is."""
+"""The moments of the start-up protocol in a worker: before the model is built, after the KV cache is, the first step.
+
+Between the last two its engine confirms the bound, see `engine_startup`.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 from dp_sync_patch import runtime
-from dp_sync_patch.patches import PatchPoint
+from dp_sync_patch.patches import PatchPoint, Place, points_at
 
 _MODULE = "vllm_ascend.worker.model_runner_v1"
 
@@ -30,8 +33,17 @@ def confirm_after_kv_cache(
 ) -> Any:
     """Capture sizes and graph mode can still change up to here; the first warm-up or capture step comes next."""
     result = wrapped(*args, **kwargs)
-    runtime.confirm(instance)
+    runtime.confirm_kv_cache(instance)
     return result
+
+
+def refuse_unconfirmed(
+    wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """In `skip`, no step of a request and no dummy beside one before the engine has confirmed. Warm-up and captures
+    come this way in no version."""
+    runtime.refuse_unconfirmed()
+    return wrapped(*args, **kwargs)
 
 
 POINTS = (
@@ -70,5 +82,18 @@ POINTS = (
         upstream="vllm-ascend#13826",
         remove_when="Stock compares capture sizes and graph mode across ranks.",
         versions=">=0.11.0",
+    ),
+    *points_at(
+        Place(
+            ">=0.11.0", _MODULE, "NPUModelRunner.execute_model", "(self, scheduler_output, intermediate_tensors=None)"
+        ),
+        Place("<=0.12.0rc1", "vllm_ascend.worker.worker_v1", "NPUWorker.execute_dummy_batch", "(self)"),
+        Place(">=0.13.0", "vllm_ascend.worker.worker", "NPUWorker.execute_dummy_batch", "(self)"),
+        unit="worker",
+        wrapper=refuse_unconfirmed,
+        why="An engine process without the overlay keeps to no bound, and its worker cannot see that.",
+        how="In skip, before the engine has confirmed: an error. Else stock.",
+        upstream="vllm-ascend#3448",
+        remove_when="Stock bounds the tokens of a step on decode nodes.",
     ),
 )

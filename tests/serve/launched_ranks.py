@@ -256,3 +256,9 @@ def read_ranks(servers: Iterable[Server]) -> list[list[Event]]:
                 assert ranks.setdefault(mc2.pop(), events) is events, "two ledgers of one rank"
     assert sorted(ranks) == list(range(len(ranks)))
     return [ranks[rank] for rank in sorted(ranks)]
+
+
+def scheduled(ranks: list[list[Event]]) -> list[int]:
+    """Tokens of each step of a request, whichever rank had it."""
+    steps = [event for events in ranks for event in events if event["ev"] == "step" and event["scheduled_tokens"]]
+    return [event["scheduled_tokens"] for event in sorted(steps, key=lambda event: event["step"])]

@@ -26,6 +26,7 @@ from launched_ranks import (
     changed_overlay,
     launched_apart,
     read_ranks,
+    scheduled,
     server,
     wait_until_idle,
 )
@@ -58,7 +59,7 @@ def unequal(baseline: Baseline, tmp_path_factory: pytest.TempPathFactory) -> dic
         "different": launched_apart(
             folder / "different",
             baseline.model,
-            RECOMPUTE,
+            (*RECOMPUTE, "--distributed-executor-backend", "mp"),  # an engine that cannot see what its worker decided
             overlay=[True, True],
             environments=[{}, {"DP_SYNC_PATCH_AGREEMENT_TIMEOUT_S": "77"} | other],
         ),
@@ -84,8 +85,9 @@ def unequal(baseline: Baseline, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 
 def assert_stock_ran(baseline: Baseline, answers: Answers) -> None:
-    """All ranks in `sync`: tokens as of stock, the all_reduce in every step, and stock's arguments of MC2."""
+    """All ranks in `sync`: tokens and steps as of stock, the all_reduce in every step, and stock's arguments of MC2."""
     assert answers.tokens == [[tokens, tokens] for tokens in baseline.tokens]
+    assert [scheduled([events]) for events in answers.ranks] == [scheduled(baseline.ranks)] * 2
     for log, events in zip(answers.logs, answers.ranks, strict=True):
         assert "DSP000" not in log
         steps = [event["step"] for event in events if event["ev"] == "step"]
@@ -101,7 +103,7 @@ def assert_stock_ran(baseline: Baseline, answers: Answers) -> None:
 def test_field_case_30_a_rank_without_the_overlay(baseline: Baseline, unequal: dict[str, Answers]) -> None:
     with_overlay, without = unequal["missing"].logs
     (line,) = re.findall(r".*\bDSP\d{3} .*", with_overlay)
-    assert line.endswith("DSP202 no answer within 3 s from rank(s) 1; in force on rank 0: sync (stock vllm-ascend)")
+    assert line.endswith("DSP202 no answer within 3 s from rank 1; in force on rank 0: sync (stock vllm-ascend)")
     assert not re.search(r"\bDSP\d{3}\b", without)
     assert_stock_ran(baseline, unequal["missing"])
 
@@ -144,10 +146,10 @@ def test_ranks_with_other_capture_sizes_do_not_skip(baseline: Baseline, tmp_path
 
 
 def test_a_rank_that_leaves_mc2_stops_before_it_communicates(baseline: Baseline, tmp_path: Path) -> None:
-    """The last line. What keeps steps below the bound is taken out of rank 1, so that a prompt makes one too large."""
-    unbounded = changed_overlay(
-        tmp_path, "patches/scheduler_bound.py", "scheduler.max_num_scheduled_tokens = plan.sizes.token_budget", "pass"
-    )
+    """The last line. The scheduler of rank 1 is let loose after its engine has confirmed, and a prompt comes."""
+    confirm = "instance.model_executor.collective_rpc(runtime.confirm_engine, args=kept)"
+    loose = f"{confirm}; scheduler.max_num_scheduled_tokens = {BUDGET}"
+    unbounded = changed_overlay(tmp_path, "patches/engine_startup.py", confirm, loose)
     environments = [{}, unbounded]
     servers = launched_apart(tmp_path, baseline.model, RECOMPUTE, overlay=[True, True], environments=environments)
     prompt, count = baseline.prompts[0]

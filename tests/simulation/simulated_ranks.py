@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """DP ranks of a decode node in lockstep, without processes and devices: thousands of schedules in seconds.
 
-What decides here is the overlay itself: `make_plan`, `agreement.decide`, `runtime.settle` and the wrappers around the
-sync functions, the selector, the MC2 arguments, the drafts and the scheduler's budget. What they wrap is a model of
-stock, written down from its behaviour: the scheduler's step, the dummy of an idle rank, padding to graphs, the choice
-of the method, the draft passes, and vLLM's vote on going on. The graph dispatcher is vLLM's own. tests/versions runs
-the same wrappers on stock itself.
+What decides here is the overlay itself: `make_plan`, `agreement.decide`, `runtime.settle`, the wrappers around the sync
+functions, the selector, the MC2 arguments and the drafts, and what an engine puts on its scheduler. What they wrap is a
+model of stock, written down from its behaviour: the scheduler's step, the dummy of an idle rank, padding to graphs, the
+choice of the method, the draft passes, and vLLM's vote on going on. The graph dispatcher is vLLM's own. tests/versions
+runs the same wrappers on stock itself.
 
 A step of a rank is the list of what it does together with others. A step is in order when these lists can meet: the
 same operators in the same order, with arguments that the operator documentation allows together.
@@ -151,12 +151,12 @@ def start(deployment: Node) -> list[Decision | None]:
     def begin(rank: int) -> None:
         facts = deployment.facts[rank]
         given = {"mode": deployment.modes[rank], "graph_mode": deployment.graph_mode}
-        configured = settings.load({"dp_sync_patch": given})
+        configured = settings.load(SimpleNamespace(kv_transfer_config=None, additional_config={"dp_sync_patch": given}))
         plan = make_plan(facts, configured.mode, graph_mode=configured.graph_mode)
         verdict = None
         if concerns(facts):
             record = runtime._record(configured, facts, plan)
-            verdict = agreement.decide(store, record, round_name="start", rank=rank, world_size=size, **timeouts)
+            verdict = agreement.decide(store, record, round_name="start-1", rank=rank, world_size=size, **timeouts)
         try:
             state = runtime.settle(plan.state, verdict, own_skip=deployment.behaviour.own_skip)
             found[rank] = Decision(facts, plan, state, verdict, rank)
@@ -317,7 +317,7 @@ class Rank:
         sizes = self.skip_sizes
         captures = sizes.capture_sizes if sizes else self.facts.capture_sizes
         self.aclgraph_batch_sizes = sorted(captures) if self.use_aclgraph else []
-        self.capacity = sizes.bound if sizes else self.facts.mc2_tokens_capacity or 0
+        self.capacity = sizes.bound if sizes else self.facts.mc2_tokens_capacity
         self.vllm_config = SimpleNamespace(pad_for_cudagraph=self.pad)
         self.graphs = self._graphs()
         if self.behaviour.own_skip:
@@ -367,8 +367,11 @@ class Rank:
         """To the smallest graph that is large enough."""
         return next((size for size in self.aclgraph_batch_sizes if size >= num_tokens), num_tokens)
 
-    def clamp(self) -> None:
-        self.wrapped(scheduler_bound.clamp_token_budget, lambda: None)
+    def bind(self) -> None:
+        """What the engine does with the answer of its worker."""
+        plan = self.wrapped(lambda *_: runtime.plan_in_force(None), lambda: None)
+        if plan is not None:
+            scheduler_bound.keep_to(self.scheduler, plan, self.rank)
 
     # A step: its tokens first, so that the all_reduce of any rank has an answer, then its graph mode, for the same
     # reason, then the target and the drafts.
@@ -482,7 +485,7 @@ class Rank:
         """By decode batches alone, for any consumer; blind to hierarchy, to local prefill and to the graph mode."""
         facts = self.facts
         potential = min(facts.max_num_seqs * self.decode_token_per_req, 512)
-        return facts.kv_role in ("kv_consumer", "kv_both") and potential <= (facts.mc2_tokens_capacity or 0)
+        return facts.kv_role in ("kv_consumer", "kv_both") and potential <= facts.mc2_tokens_capacity
 
     def all_reduce(self, phase: str) -> tuple[Any, ...]:
         self.events.append(("all_reduce", phase))
@@ -567,7 +570,7 @@ def _judge_mc2(facts: Facts, together: Sequence[tuple[Any, ...]], where: str) ->
         raise Violation(f"hierarchical MC2 takes equal row counts and global_bs=0 only, {where}")
     if global_bs[0] and max(rows) * facts.ep_world_size > global_bs[0]:
         raise Violation(f"more rows than global_bs has room for, {where}")
-    if max(rows) > OPERATOR_LIMIT[str(facts.soc)]:
+    if max(rows) > OPERATOR_LIMIT[facts.soc]:
         raise Violation(f"more rows than the operator takes, {where}")
     if len(set(mode)) > 1:
         raise Violation(f"graph and eager in one call, {where}")
@@ -606,7 +609,7 @@ def serve(deployment: Node, decisions: Sequence[Decision | None], schedule: Sequ
 
 def _serve(ranks: list[Rank], schedule: Sequence[Sequence[str]]) -> Outcome:
     for rank in ranks:
-        rank.clamp()
+        rank.bind()
     for size in ranks[0].facts.compile_sizes:
         _together(ranks, [(size, False)] * len(ranks), drafts=False)
     steps = all_reduces = mode_syncs = eager = ragged = 0

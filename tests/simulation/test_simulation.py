@@ -18,7 +18,7 @@ from simulated_ranks import ARRIVALS, STOCK, Decision, Node, Outcome, Rank, Viol
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor
 
-from dp_sync_patch import agreement, live, metrics, plan, runtime
+from dp_sync_patch import agreement, live, plan, runtime
 from dp_sync_patch.errors import AgreementError, MC2OnlyError, logger
 from dp_sync_patch.facts import Facts
 from dp_sync_patch.patches import comm_selector, draft_passes, graph_mode, mc2_arguments, metadata_sync, scheduler_bound
@@ -99,8 +99,7 @@ SYNCHRONISED = {
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No thread that exports metrics, and no line for each of thousands of clamped schedulers."""
-    monkeypatch.setattr(metrics, "start_in_workers", lambda engine: None)
+    """No line for each of thousands of clamped schedulers."""
     monkeypatch.setattr(graph_mode, "_post", simulated_ranks.post)
     monkeypatch.setattr(graph_mode, "_posted", None)
     for name in ("skip_sizes", "_latched", "_runner", "sync_graph_mode", "uniform_batches", "in_draft_passes"):
@@ -220,6 +219,28 @@ def test_ranks_that_differ_do_not_skip(deployment: Node) -> None:
     decisions, outcome = run_all(deployment, exhaustive(2, 1))
     assert outcome.all_reduces == outcome.steps
     assert State.SKIP not in {decision.state for decision in decisions if decision}
+
+
+UNBOUND = {**{name: node(facts) for name, facts in SYNCHRONISED.items()}, **DIFFERENT}
+
+
+@pytest.mark.parametrize("deployment", UNBOUND.values(), ids=UNBOUND)
+def test_a_scheduler_is_left_to_stock_where_the_ranks_do_not_skip(deployment: Node) -> None:
+    """Even where this rank alone would: its own plan binds nobody, the verdict does."""
+    for rank, (facts, decision) in enumerate(zip(deployment.facts, start(deployment), strict=True)):
+        one = Rank(deployment.behaviour, facts, decision, rank)
+        one.bind()
+        assert one.scheduler.max_num_scheduled_tokens == facts.max_num_batched_tokens
+        assert one.scheduler.scheduler_config.long_prefill_token_threshold == 0
+
+
+def test_a_scheduler_is_bound_where_the_ranks_skip() -> None:
+    facts = small("0.11.0")
+    for rank, decision in enumerate(start(node(facts))):
+        assert decision is not None
+        one = Rank(STOCK["0.11.0"], facts, decision, rank)
+        one.bind()
+        assert one.scheduler.max_num_scheduled_tokens == decision.plan.sizes.token_budget == REQUESTS
 
 
 @pytest.mark.parametrize("missing", [0, 1])
@@ -376,7 +397,7 @@ def _at_most_sync(planned: State, verdict: agreement.Verdict, *, own_skip: bool)
 
 # Object, attribute, what stands there instead, and a deployment in which it shows.
 MUTANTS: dict[str, tuple[Any, str, Any, Node]] = {
-    "no clamp": (scheduler_bound, "clamp_token_budget", _unwrapped, node(small("0.11.0"))),
+    "no clamp": (scheduler_bound, "keep_to", _nothing, node(small("0.11.0"))),
     "drafts not levelled": (draft_passes, "level_draft_passes", _unwrapped, node(small("0.11.0", 2))),
     "no padding to graphs": (metadata_sync, "local_result", _no_grid, node(graphs("0.11.0", capture_sizes=(2, 4)))),
     "a decision by step": (metadata_sync, "skip_all_reduce", _by_step, node(small("0.11.0"))),
@@ -440,7 +461,7 @@ def test_kv_both_is_refused_and_bounded_and_one_of_the_two_is_enough(monkeypatch
     monkeypatch.setattr(plan, "RULES", without_rule)
     decisions, _ = run_all(node(facts), few(facts))
     assert {decision.state for decision in decisions if decision} == {State.SKIP}
-    monkeypatch.setattr(scheduler_bound, "clamp_token_budget", _unwrapped)
+    monkeypatch.setattr(scheduler_bound, "keep_to", _nothing)
     with pytest.raises(Violation):
         run_all(node(facts), few(facts))
 
@@ -448,7 +469,7 @@ def test_kv_both_is_refused_and_bounded_and_one_of_the_two_is_enough(monkeypatch
 def test_the_assertion_turns_a_hang_into_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is the last line: without the clamp a long prompt ends its rank, without both the ranks wait for ever."""
     facts = small("0.11.0")
-    monkeypatch.setattr(scheduler_bound, "clamp_token_budget", _unwrapped)
+    monkeypatch.setattr(scheduler_bound, "keep_to", _nothing)
     with pytest.raises(Violation, match="a rank ends: DSP301"):
         run_all(node(facts), few(facts))
     monkeypatch.setattr(comm_selector, "assert_mc2", _unwrapped)

@@ -7,12 +7,13 @@ process group are made with `object.__new__` and given the attributes that the s
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
 
 from command_lines import serve
-from this_stock import CONNECTOR, SYNC_ARGUMENTS, VERSION
+from this_stock import CONNECTOR, SYNC_ARGUMENTS, VERSION, WORKER_MODULE
 from torch.distributed import HashStore
 from toy_configs import MOE
 from vllm_ascend import utils
@@ -79,9 +80,9 @@ def _latched(folder: str, *switches: str, peer: bool, **additional: Any) -> Any:
     capacity = command_line.mc2_tokens_capacity(config)
     if peer:
         facts = runtime._read_worker_facts(runner, capacity, 2)
-        configured = runtime.settings.load(config.additional_config)
+        configured = runtime.settings.load(config)
         record = runtime._record(configured, facts, make_plan(facts))
-        for name, extra in (("start", {}), ("kv-cache", {"moved": ""})):
+        for name, extra in (("start-1", {}), ("kv-cache-1", {"moved": ""})):
             store.set(f"dp_sync_patch/{name}/rank/1", json.dumps({**extra, **record}, sort_keys=True))
     runtime.latch(runner)
     return runner
@@ -99,12 +100,45 @@ def _one_pass(runner: Any, kind: str) -> Any:
     return {"values": plain, "counts": counts.tolist(), "dtype": str(counts.dtype), "device": str(counts.device)}
 
 
+def _steps(runner: Any) -> list[str]:
+    """What a step of a request and a dummy beside one end with, on objects that cannot make one."""
+    worker = importlib.import_module(WORKER_MODULE).NPUWorker
+    found = []
+    for call in (lambda: runner.execute_model(None), lambda: object.__new__(worker).execute_dummy_batch()):
+        try:
+            call()
+        except DpSyncPatchError as error:
+            found.append(error.code)
+        except AttributeError:
+            found.append("stock")
+    return found
+
+
+def _confirm_engine(runner: Any) -> None:
+    """As this rank's engine and that of rank 1 do it."""
+    plan, first = runtime.plan_in_force(None), runtime._latched
+    assert plan is not None
+    assert first is not None
+    configured = runtime.settings.load(runner.vllm_config)
+    kept = {"token_budget": plan.sizes.token_budget, "graph_level": plan.graph_level}
+    record = {
+        "differs": "",
+        "engine": {"settings": configured.values(), **kept},
+        **runtime._record(configured, first.facts, make_plan(first.facts)),
+    }
+    runtime._store().set("dp_sync_patch/engine-1/rank/1", json.dumps(record, sort_keys=True))
+    runtime.confirm_engine(None, configured, **kept)
+
+
 def passes(folder: str) -> dict[str, Any]:
     """What a pass does in `skip`, in its profile run, and in `sync`."""
     kinds = _PASSES[VERSION]
     runner = _latched(folder, peer=True)
     found: dict[str, Any] = {"state": dp_sync_patch.status()["state"], "capacity": live.mc2_tokens_capacity(runner)}
-    runtime.confirm(runner)
+    runtime.confirm_kv_cache(runner)
+    found["unconfirmed"] = _steps(runner)
+    _confirm_engine(runner)
+    found["confirmed"] = _steps(runner)
     before = metrics.counts.values()
     found["skip"] = {kind: _one_pass(runner, kind) for kind in kinds}
     found["counted"] = {name: value - before[name] for name, value in metrics.counts.values().items() if value}

@@ -63,7 +63,9 @@ def engine_config(folder: str, *, dense: bool = False, **changes: Any) -> Any:
 
 def decisions(folder: str) -> dict[str, Any]:
     """What the overlay reads from the configuration of variants, and what it would do with each."""
-    import vllm.v1.engine.core  # noqa: F401  (arms the engine unit, as in every vLLM process)
+    from vllm.v1.engine.core import EngineCore
+
+    from dp_sync_patch.patches.engine_startup import confirm_with_workers
 
     graphs = {"enforce_eager": None}
     variants: dict[str, dict[str, Any]] = {
@@ -81,6 +83,28 @@ def decisions(folder: str) -> dict[str, Any]:
     }
     found: dict[str, Any] = {}
 
+    def engine_of(config: Any, facts: Any, plan: Any, state: State) -> Any:
+        """An engine of this configuration with a worker in which that state is in force: the budget that it keeps to,
+        and what it confirms."""
+        runtime._latched = runtime._Latched(runtime.settings.load(config), facts, plan, state, None, 0, 4)
+        engine = object.__new__(EngineCore)
+        confirmed: list[Any] = []
+
+        def collective_rpc(method: Any, args: tuple[Any, ...] = ()) -> list[Any]:
+            if method is runtime.confirm_engine:
+                confirmed.append(args[1:])
+                return [None]
+            return [method(None, *args)]
+
+        engine.model_executor = SimpleNamespace(collective_rpc=collective_rpc)
+        engine.vllm_config, engine.log_stats = config, False
+        budget = config.scheduler_config.max_num_batched_tokens
+        limits = SimpleNamespace(long_prefill_token_threshold=0)
+        engine.scheduler = SimpleNamespace(max_num_scheduled_tokens=budget, num_spec_tokens=0, scheduler_config=limits)
+        confirm_with_workers(lambda: None, engine, (), {})
+        runtime._latched = None
+        return [engine.scheduler.max_num_scheduled_tokens, limits.long_prefill_token_threshold, confirmed]
+
     def record(name: str, **changes: Any) -> None:
         config = engine_config(folder, **changes)
         facts = runtime._read_facts(
@@ -90,13 +114,12 @@ def decisions(folder: str) -> dict[str, Any]:
             process_group_size=config.parallel_config.data_parallel_size,
         )
         plan = make_plan(facts)
-        enforced = runtime.engine_plan(config)
         found[name] = {
             "facts": asdict(facts),
             "state": plan.state.name,
             "codes": [reason.code for reason in plan.reasons],
             "bound": plan.sizes.bound,
-            "clamp": None if enforced is None else enforced.sizes.token_budget,
+            "in force": {state.name: engine_of(config, facts, plan, state) for state in State},
         }
 
     for name, changes in variants.items():
@@ -113,7 +136,7 @@ def chunking(folder: str) -> dict[str, Any]:
     from vllm.v1.request import Request
     from vllm.v1.structured_output import StructuredOutputManager
 
-    from dp_sync_patch.patches.scheduler_bound import clamp_token_budget
+    from dp_sync_patch.patches.scheduler_bound import keep_to
 
     init_none_hash(hash)
     import torch
@@ -137,8 +160,9 @@ def chunking(folder: str) -> dict[str, Any]:
             alone, KVCacheConfig(1000, [], [layers]), StructuredOutputManager(alone)
         )
         before = scheduler.max_num_scheduled_tokens
-        engine = SimpleNamespace(log_stats=False, vllm_config=config, scheduler=scheduler, dp_rank=0)
-        clamp_token_budget(lambda: None, engine, (), {})
+        known = {"soc": "A3", "process_group_size": 4, "mc2_tokens_capacity": mc2_tokens_capacity(config)}
+        plan = make_plan(runtime._read_facts(config, **known))
+        keep_to(scheduler, plan, 0)
         clamped = scheduler.max_num_scheduled_tokens
         # Without recompute the plan's budget is max_num_batched_tokens; the attribute has to work there as well.
         scheduler.max_num_scheduled_tokens = 16
@@ -153,6 +177,7 @@ def chunking(folder: str) -> dict[str, Any]:
             "clamped": clamped,
             "largest": max(steps),
             "total": sum(steps),
+            "state": plan.state.name,
         }
     return found
 
@@ -399,22 +424,53 @@ def _top_k_routing(hidden_states: Any, gating_output: Any, topk: int, renormaliz
     return weights, ids.to(torch.int32)
 
 
-def latching(folder: str) -> dict[str, Any]:
-    """Both rounds with a real one-process store, capture sizes above the bound, and what is refused afterwards."""
-    import vllm_ascend.ops
-    import vllm_ascend.utils
-    from torch.distributed import HashStore
-    from vllm.config import CUDAGraphMode
-    from vllm_ascend.worker.model_runner_v1 import NPUModelRunner
+class Node:
+    """A node of one process that counts as four ranks, with torch's own store: this process is rank 0, and a test
+    writes the records of the others, as an equal rank would write them."""
 
-    vllm_ascend.utils.init_ascend_soc_version()
-    # A node of one process that counts as four ranks: the rank-0 side of the agreement, with the other records written
-    # by this test as an equal rank would write them.
-    store = HashStore()
-    runtime._store = lambda: store
-    runtime._process_group = lambda: (0, 4)
+    def __init__(self) -> None:
+        import vllm_ascend.ops
+        import vllm_ascend.utils
+        from torch.distributed import HashStore
 
-    def runner_for(config: Any) -> Any:
+        vllm_ascend.utils.init_ascend_soc_version()
+        self.store = HashStore()
+        runtime._store = lambda: self.store
+        runtime._process_group = lambda: (0, 4)
+        self.rounds: list[str] = []
+        self._published: dict[str, Any] | None = {}
+        self._verdict: dict[str, Any] | None = None
+        self._agree, runtime._agree = runtime._agree, self._observed
+
+    def _observed(self, name: str, record: dict[str, Any], *rest: Any) -> Any:
+        """`_agree` of an equal rank beside the others, in the round that it is in."""
+        name_in_store = f"{name}-{runtime._starts}"
+        self.rounds.append(name_in_store)
+        if self._verdict is not None:
+            self.store.set(f"dp_sync_patch/{name_in_store}/verdict", json.dumps(self._verdict))
+        if self._published is not None:
+            for rank in (1, 2, 3):
+                self.publish(name_in_store, rank, {**record, **self._published})
+        return self._agree(name, record, *rest)
+
+    def publish(self, round_name: str, rank: int, record: dict[str, Any]) -> None:
+        self.store.set(f"dp_sync_patch/{round_name}/rank/{rank}", json.dumps(record, sort_keys=True))
+
+    def peers(self, changes: dict[str, Any] | None = None, *, verdict: dict[str, Any] | None = None) -> None:
+        """What the other ranks answer from now on: the same but for `changes`; `verdict` is written beforehand."""
+        self._published, self._verdict = changes or {}, verdict
+
+    def no_peers(self) -> None:
+        self._published = self._verdict = None
+
+    def again(self, name: str) -> None:
+        """The same round has not been yet."""
+        for what in ("verdict", *(f"rank/{rank}" for rank in range(4))):
+            self.store.delete_key(f"dp_sync_patch/{name}/{what}")
+
+    def runner(self, config: Any) -> Any:
+        from vllm_ascend.worker.model_runner_v1 import NPUModelRunner
+
         runner = object.__new__(NPUModelRunner)
         runner.vllm_config = config
         runner.compilation_config = config.compilation_config
@@ -422,26 +478,48 @@ def latching(folder: str) -> dict[str, Any]:
         runner.aclgraph_batch_sizes = list(reversed(config.compilation_config.cudagraph_capture_sizes))
         return runner
 
-    def publish_peers(round_name: str, record: dict[str, Any]) -> None:
-        for rank in (1, 2, 3):
-            store.set(f"dp_sync_patch/{round_name}/rank/{rank}", json.dumps(record, sort_keys=True))
 
-    def record_of(runner: Any, extra: dict[str, Any], capacity: int) -> dict[str, Any]:
-        configured = runtime.settings.load(runner.vllm_config.additional_config)
-        facts = runtime._read_worker_facts(runner, capacity, 4)
-        return {**extra, **runtime._record(configured, facts, make_plan(facts))}
+def steps_of(runner: Any) -> list[str]:
+    """What a step of a request and a dummy beside one end with, on objects that cannot make one."""
+    from vllm_ascend.worker.worker_v1 import NPUWorker
 
+    found = []
+    for call in (lambda: runner.execute_model(None), lambda: object.__new__(NPUWorker).execute_dummy_batch()):
+        try:
+            call()
+        except DpSyncPatchError as error:
+            found.append(f"{type(error).__name__}: {error}")
+        except AttributeError:
+            found.append("stock")
+    return found
+
+
+def latching(folder: str) -> dict[str, Any]:
+    """All three rounds with a real one-process store, capture sizes above the bound, and what is refused afterwards."""
+    from vllm.config import CUDAGraphMode
+
+    node = Node()
     config = engine_config(
         folder,
         enforce_eager=None,
         compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 24, 40]},
         additional_config={"dp_sync_patch": {"agreement_timeout_s": 5, "graph_mode": "sync"}},
     )
-    runner = runner_for(config)
+    runner = node.runner(config)
     stock_capacity = runner.mc2_tokens_capacity
-    publish_peers("start", record_of(runner, {}, stock_capacity))
+    configured = runtime.settings.load(config)
+
+    def publish_peers(round_name: str, **more: Any) -> None:
+        """What equal ranks make of this configuration by themselves."""
+        facts = runtime._read_worker_facts(runner, stock_capacity, 4)
+        for rank in (1, 2, 3):
+            node.publish(round_name, rank, {**more, **runtime._record(configured, facts, make_plan(facts))})
+
+    node.no_peers()  # but for those
+    found: dict[str, Any] = {"undecided": [runtime.plan_in_force(None), steps_of(runner)]}
+    publish_peers("start-1")
     runtime.latch(runner)
-    found: dict[str, Any] = {
+    found |= {
         "status": dp_sync_patch.status(),
         "stock_capacity": stock_capacity,
         "capacity": runner.mc2_tokens_capacity,
@@ -449,24 +527,136 @@ def latching(folder: str) -> dict[str, Any]:
         "batch_sizes": list(runner.aclgraph_batch_sizes),
         "padded": [config.pad_for_cudagraph(n) for n in (1, 3, 16)],
     }
-    publish_peers("kv-cache", record_of(runner, {"moved": ""}, stock_capacity))
-    runtime.confirm(runner)
-    found["confirmed"] = True
+    publish_peers("kv-cache-1", moved="")
+    runtime.confirm_kv_cache(runner)
+    found["unconfirmed"] = [runtime.unconfirmed, steps_of(runner)]
+    plan = runtime.plan_in_force(None)
+    assert plan is not None
+    engine = {"settings": configured.values(), "token_budget": plan.sizes.token_budget, "graph_level": plan.graph_level}
+    first = runtime._latched
+    assert first is not None
+    for rank in (1, 2, 3):  # the facts as of the first round, before captures and capacity followed the bound
+        record = runtime._record(configured, first.facts, make_plan(first.facts))
+        node.publish("engine-1", rank, {"differs": "", "engine": engine, **record})
+    runtime.confirm_engine(None, configured, plan.sizes.token_budget, plan.graph_level)
+    found["confirmed"] = [runtime.unconfirmed, steps_of(runner), plan.sizes.token_budget, plan.graph_level]
     runtime.latch(runner)  # a second load_model of the same runner keeps the verdict
+    found["latched again"] = [runtime.unconfirmed, steps_of(runner)]
+    found["rounds"] = list(node.rounds)
     found["undo"] = _error_of(dp_sync_patch.uninstall)
     other = engine_config(folder, max_num_seqs=8)
-    found["another_runner"] = _error_of(lambda: runtime.latch(runner_for(other)))
+    found["another_runner"] = _error_of(lambda: runtime.latch(node.runner(other)))
 
-    # The same round again, after something moved on this rank.
-    store.delete_key("dp_sync_patch/kv-cache/verdict")
+    # The same round again, after something moved on this rank; the others say that nothing has moved on them.
+    node.again("kv-cache-1")
+    node.peers({"moved": ""})
     runner.mc2_tokens_capacity = stock_capacity
-    found["moved"] = _error_of(lambda: runtime.confirm(runner))
+    found["moved"] = _error_of(lambda: runtime.confirm_kv_cache(runner))
 
     # As when an attention backend does not support one FULL graph for all batches.
-    store.delete_key("dp_sync_patch/kv-cache/verdict")
+    node.again("kv-cache-1")
     runner.mc2_tokens_capacity = found["capacity"]
     config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
-    found["other_mode"] = _error_of(lambda: runtime.confirm(runner))
+    found["other_mode"] = _error_of(lambda: runtime.confirm_kv_cache(runner))
+    return found
+
+
+_SILENT = {"agreed": False, "code": "DSP203", "why": "no verdict from rank 0 within 120 s"}
+
+
+def later_rounds(folder: str) -> dict[str, Any]:
+    """The second and the third round where ranks are missing, where rank 0 was late, and where something differs."""
+    from dataclasses import replace
+
+    node = Node()
+    config = engine_config(folder, additional_config={"dp_sync_patch": {"agreement_timeout_s": 0.3}})
+    runner = node.runner(config)
+    runtime.latch(runner)
+    assert runtime.skip_sizes is not None
+    own = runtime.settings.load(config)
+    budget = runtime.skip_sizes.token_budget
+
+    def confirm(configured: Any = own, tokens: int = budget, graph_level: str = "one") -> None:
+        runtime.confirm_engine(None, configured, tokens, graph_level)
+
+    found: dict[str, Any] = {}
+
+    def attempt(name: str, round_name: str, call: Any) -> None:
+        error = _error_of(call)
+        found[name] = [error, runtime.unconfirmed, _error_of(runtime.refuse_unconfirmed)]
+        node.again(round_name)
+        node.peers()
+        runtime.unconfirmed = True  # as before
+
+    second, third = lambda: runtime.confirm_kv_cache(runner), confirm
+    for name, round_name, call in (("kv-cache", "kv-cache-1", second), ("engine", "engine-1", third)):
+        node.no_peers()
+        attempt(f"{name}: missing ranks", round_name, call)
+        node.peers(verdict=_SILENT)
+        attempt(f"{name}: a silent rank 0", round_name, call)
+        node.peers({"version": "0.0.9"})
+        attempt(f"{name}: ranks differ", round_name, call)
+        attempt(f"{name}: equal", round_name, call)
+    # A difference that this rank sees by itself comes first.
+    for name, changes in {
+        "mode": {"mode": "require"},
+        "graph_mode": {"graph_mode": "sync"},
+        "mode and graph_mode": {"mode": "off", "graph_mode": "uniform"},
+    }.items():
+        section = {"agreement_timeout_s": 0.3, **changes}
+        other = SimpleNamespace(kv_transfer_config=None, additional_config={"dp_sync_patch": section})
+        node.peers({"differs": ""})
+        attempt(f"engine: another {name}", "engine-1", lambda other=other: confirm(runtime.settings.load(other)))
+    node.peers({"differs": ""})
+    attempt("engine: a larger budget", "engine-1", lambda: confirm(tokens=budget + 1))
+    attempt("engine: a smaller budget", "engine-1", lambda: confirm(tokens=budget - 1))
+    node.peers({"differs": ""})
+    attempt("engine: another graph level", "engine-1", lambda: confirm(graph_level="uniform"))
+    # The engine of another rank.
+    engine = {"settings": {**own.values(), "mode": "off"}, "token_budget": budget, "graph_level": "one"}
+    node.peers({"differs": "mode='off' (environment) in the engine process of DP rank 1", "engine": engine})
+    attempt("engine: another rank's", "engine-1", third)
+    latched = runtime._latched
+    assert latched is not None
+    runtime._latched = replace(latched, state=State.SYNC)
+    before = list(node.rounds)
+    attempt("engine: nothing is in force", "engine-1", third)
+    found["no round"] = before == node.rounds
+    return found
+
+
+def second_engines(folder: str, *names: str) -> dict[str, Any]:
+    """Model runners of several engines in this process, one after another: the state, the error, the rounds."""
+    node = Node()
+    variants: dict[str, dict[str, Any]] = {
+        "skip": {},
+        "another skip": {"max_num_seqs": 8},
+        "sync": {"enable_lora": True, "max_loras": 1},
+        "another sync": {"enable_lora": True, "max_num_seqs": 8, "max_loras": 1},
+        "dense": {"dense": True, "enable_expert_parallel": None},
+        "another dense": {"dense": True, "enable_expert_parallel": None, "max_num_seqs": 8},
+        "one rank": {"data_parallel_size": 1},
+        "another of one rank": {"data_parallel_size": 1, "max_num_seqs": 8},
+    }
+    found: dict[str, Any] = {"steps": []}
+    for name in names:
+        if name == "sync":
+            node.peers({"rank 3": "differs"})  # the first verdict is of ranks that differ
+        runner = node.runner(engine_config(folder, **variants[name]))
+        error = _error_of(lambda runner=runner: runtime.latch(runner))
+        latched = runtime._latched
+        assert latched is not None
+        found["steps"].append(
+            {
+                "error": error,
+                "state": dp_sync_patch.status()["state"],
+                "max_num_seqs": latched.facts.max_num_seqs,
+                "agreed": latched.verdict.agreed if latched.verdict else None,
+                "rounds": list(node.rounds),
+                "unconfirmed": runtime.unconfirmed,
+            }
+        )
+        node.peers()
     return found
 
 

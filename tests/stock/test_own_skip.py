@@ -38,6 +38,7 @@ def test_field_case_20_skip_returns_the_local_count(tmp_path: Path) -> None:
     if VERSION != "0.12.0rc1":
         expected["draft"] = {"values": _REST_OF_DRAFTS.get(VERSION, _MODE), **local}
     assert found["state"] == "skip"
+    assert (found["unconfirmed"], found["confirmed"]) == (["DSP209"] * 2, ["stock"] * 2)
     assert found["skip"] == expected
     assert found["counted"]["passes_skipped"] == len(expected)
     assert found["counted"]["padding_avoided_tokens"] == 13 * len(expected)
@@ -67,7 +68,7 @@ def test_field_case_30_a_rank_that_is_switched_off_alone_synchronises_with_its_p
 def test_field_case_30_a_missing_peer_is_an_error(tmp_path: Path) -> None:
     error, _ = check("without_a_peer", tmp_path)
     assert error == (
-        "AgreementError: DSP202 no answer within 0.2 s from rank(s) 1; without the overlay they would skip alone"
+        "AgreementError: DSP202 no answer within 0.2 s from rank 1; without the overlay they would skip alone"
     )
 
 

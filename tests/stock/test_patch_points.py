@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 from fresh import run, run_after_stock
-from this_stock import MOE_PACKAGE, PRELUDE, STOCK_PLUGINS, SYNC, TARGETS, WORKER, WORKER_MODULE
+from this_stock import ENGINE, MOE_PACKAGE, PRELUDE, STOCK_PLUGINS, SYNC, TARGETS, WORKER, WORKER_MODULE
 
 from dp_sync_patch import stock
 
@@ -156,16 +156,37 @@ print(json.dumps({"patched": bool(module) and depth(TARGETS[-1]) > 0, "error": e
     assert error.startswith("DSP006") is (mode == "require")
 
 
-def test_off_leaves_stock_alone() -> None:
-    result, _ = _run(
+def test_off_leaves_the_worker_alone() -> None:
+    """The engine sees to it that no worker skips, whatever the worker is set to."""
+    result, log = _run(
         """
 import dp_sync_patch
 import_stock()
-print(json.dumps({"depth": {t: depth(t) for t in TARGETS}}))
+status = dp_sync_patch.status()
+print(json.dumps({"depth": {t: depth(t) for t in TARGETS}, "units": status["units"], "state": status["state"]}))
+""",
+        DP_SYNC_PATCH_MODE="off",
+    )
+    assert result["depth"] == {**dict.fromkeys(WORKER, 0), **dict.fromkeys(ENGINE, 1)}
+    assert result["units"] == {"worker": "waiting for vllm_ascend.worker.model_runner_v1", "engine": "applied"}
+    assert result["state"] == "off"
+    assert "DSP" not in log
+
+
+def test_off_says_nothing_on_an_unknown_version() -> None:
+    result, log = _run(
+        """
+import dp_sync_patch
+from dp_sync_patch import stock
+stock.installed = lambda: {"vllm": "0.99.0", "vllm-ascend": "0.99.0"}
+import_stock()
+print(json.dumps({"depth": {t: depth(t) for t in TARGETS}, "state": dp_sync_patch.status()["state"]}))
 """,
         DP_SYNC_PATCH_MODE="off",
     )
     assert result["depth"] == dict.fromkeys(TARGETS, 0)
+    assert result["state"] == "off"
+    assert "DSP" not in log
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])

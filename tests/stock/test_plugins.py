@@ -25,10 +25,10 @@ found = {{"platform": type(current_platform).__name__, "device": current_platfor
          "connector": "MooncakeConnectorV1" in KVConnectorFactory._registry,
          "loaded": "dp_sync_patch" in sys.modules, "patched": []}}
 if current_platform.device_type == "npu":  # vLLM 0.12.0's engine core cannot even be imported without a platform
-    from vllm.v1.engine.core import DPEngineCoreProc
+    from vllm.v1.engine.core import EngineCore
     import {WORKER_MODULE}
     from vllm_ascend.worker.model_runner_v1 import NPUModelRunner
-    found["patched"] = [DPEngineCoreProc.run_busy_loop, NPUModelRunner._sync_metadata_across_dp]
+    found["patched"] = [EngineCore.__init__, NPUModelRunner._sync_metadata_across_dp]
 found["patched"] = [type(function).__name__ != "function" for function in found["patched"]]
 print(json.dumps(found))
 """
@@ -76,3 +76,31 @@ def test_field_case_33_34_vllm_plugins(plugins: str | None, expected: dict[str, 
 def test_field_case_33_in_a_real_interpreter(environ: dict[str, str], ahead: Any) -> None:
     found, _ = ahead
     assert found == _npu(overlay=True)
+
+
+def test_the_variables_that_are_set_reach_ray_actors() -> None:
+    """vLLM copies what it knows to them. Nothing else changes in vLLM, and nothing at all without such variables."""
+    code = """
+import json, os
+from vllm import envs
+before = dict(envs.environment_variables)
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+from dp_sync_patch import plugin
+plugin.register()
+from vllm.ray.ray_env import get_env_vars_to_copy
+added = sorted(set(envs.environment_variables) - set(before))
+values = {name: envs.environment_variables[name]() for name in added}
+attributes = {name: getattr(envs, name) for name in added}
+kept = all(envs.environment_variables[name] is value for name, value in before.items())
+copied = sorted(name for name in get_env_vars_to_copy() if "DP_SYNC_PATCH" in name)
+os.environ.pop("DP_SYNC_PATCH_AGREEMENT_TIMEOUT_S", None)
+gone = envs.environment_variables[added[0]]() if added else None
+print(json.dumps({"added": values, "attributes": attributes, "kept": kept, "copied": copied, "gone": gone}))
+"""
+    given = {"DP_SYNC_PATCH_AGREEMENT_TIMEOUT_S": "7", "DP_SYNC_PATCH_GRAPH_MODE": "sync"}
+    found, _ = run(code, VLLM_PLUGINS="dp_sync_patch", **given)
+    expected = {"added": given, "attributes": given, "kept": True, "copied": sorted(given), "gone": None}
+    assert found == expected
+    without, _ = run(code, VLLM_PLUGINS="dp_sync_patch")
+    assert without == {"added": {}, "attributes": {}, "kept": True, "copied": [], "gone": None}

@@ -12,7 +12,10 @@ STOCK = stock.require()
 VERSION = STOCK.vllm_ascend
 
 _RUNNER = "vllm_ascend.worker.model_runner_v1"
-_METHODS = tuple(f"{_RUNNER}:NPUModelRunner.{name}" for name in ("profile_run", "load_model", "initialize_kv_cache"))
+_WORKER_FILE = "worker_v1" if VERSION in ("0.11.0", "0.12.0rc1") else "worker"
+_DUMMY = f"vllm_ascend.worker.{_WORKER_FILE}:NPUWorker.execute_dummy_batch"
+_STARTUP = ("profile_run", "load_model", "initialize_kv_cache", "execute_model")
+_METHODS = (*(f"{_RUNNER}:NPUModelRunner.{name}" for name in _STARTUP), _DUMMY)
 _SYNC = f"{_RUNNER}:NPUModelRunner._sync_metadata_across_dp"
 _SELECTOR_METHOD = f"{_RUNNER}:NPUModelRunner._select_moe_comm_method"
 _SELECTORS = ("vllm_ascend.ascend_forward_context:select_moe_comm_method", f"{_RUNNER}:select_moe_comm_method")
@@ -78,7 +81,7 @@ _PLUGINS = {
 }
 
 WORKER = list(_WORKER[VERSION])
-ENGINE = ["vllm.v1.engine.core:DPEngineCoreProc.run_busy_loop"]
+ENGINE = ["vllm.v1.engine.core:EngineCore.__init__"]
 TARGETS = WORKER + ENGINE
 PLUGINS = _PLUGINS[VERSION]
 WORKER_MODULE = STOCK.worker_cls.rpartition(".")[0]

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Facts of a decode node that may skip; tests change one thing at a time."""
+"""Facts of a decode node that may skip; tests change one thing at a time, or draw what they can."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+
+from hypothesis import strategies as st
 
 from dp_sync_patch.facts import Facts
 
@@ -89,3 +91,31 @@ def stock_selects_mc2(facts: Facts, num_tokens: int, capacity: int) -> bool:
     if not facts.enable_expert_parallel or facts.model_without_mc2 or num_tokens > capacity:
         return False
     return facts.soc == "A3" or (facts.soc == "A2" and facts.ep_world_size * facts.pipeline_parallel_size >= 16)
+
+
+@st.composite
+def any_facts(draw: st.DrawFn) -> Facts:
+    """Those that may skip and those that may not."""
+    sizes = st.integers(1, 600)
+    tp = draw(st.sampled_from([1, 2, 4, 3]))
+    captures = tuple(sorted(draw(st.sets(sizes, max_size=6))))
+    uses_graphs = bool(captures) and draw(st.booleans())
+    max_num_seqs = draw(st.integers(1, 300))
+    changes: dict[str, Any] = {
+        "data_parallel_size": draw(st.sampled_from([1, 2, 4, 8, 16, 32])),
+        "tensor_parallel_size": tp,
+        "soc": draw(st.sampled_from(["A2", "A3", "UNDEFINED"])),
+        "mc2_tokens_capacity": draw(st.one_of(sizes, st.just(10_000))),
+        "hccl_buffsize_mb": draw(st.sampled_from([0, 20, 200, 4096])),
+        "num_experts": draw(st.sampled_from([0, 64, 192, 384])),
+        "kv_role": draw(st.sampled_from(["kv_consumer", "kv_consumer", "kv_consumer", "kv_both", None])),
+        "recompute_in_effect": draw(st.booleans()),
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": draw(st.integers(max_num_seqs, 4096)),
+        "num_speculative_tokens": draw(st.integers(0, 3)),
+        "graph_mode": "PIECEWISE" if uses_graphs else "NONE",
+        "capture_sizes": captures,
+        "splits_prompts": draw(st.booleans()),
+        "lora": draw(st.sampled_from(["", "", "", "--enable-lora"])),
+    }
+    return decode_node(**changes)

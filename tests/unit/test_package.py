@@ -29,7 +29,8 @@ def run(code: str, **environ: str) -> Any:
         text=True,
         timeout=120,
         check=False,
-        env={**clean, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", **environ},
+        # What is logged goes to stderr in a process that imports vLLM as well.
+        env={**clean, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "VLLM_CONFIGURE_LOGGING": "0", **environ},
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
@@ -111,14 +112,30 @@ print(json.dumps([before, applied]))
     assert run(code)[0] == [[], ["engine"]]
 
 
-def test_off_arms_nothing() -> None:
-    code = """
-import json
-import dp_sync_patch
+@pytest.mark.parametrize("mode", ["off", "auto"])
+@pytest.mark.parametrize("version", ["0.11.0", "0.99.0"])
+def test_off_arms_the_engine_alone(mode: str, version: str) -> None:
+    """It sees to it that no worker skips; where stock is not supported none does, and nothing is said."""
+    code = f"""
+import json, logging, types
+logging.basicConfig(level=logging.INFO)
+import dp_sync_patch, wrapt
 from dp_sync_patch import runtime
-print(json.dumps([sorted(runtime._hooked), dp_sync_patch.status()["state"]]))
+applied = []
+runtime.points_of = lambda unit, version: []
+runtime.stock.installed = lambda: {{"vllm": {version!r}, "vllm-ascend": {version!r}}}
+runtime.registry.apply = lambda unit, points: applied.append(unit)
+runtime.live.model_is_built = lambda: False
+for name in runtime.TRIGGERS.values():
+    wrapt.notify_module_loaded(types.ModuleType(name))
+print(json.dumps([sorted(runtime._hooked), applied, dp_sync_patch.status()["state"]]))
 """
-    assert run(code, DP_SYNC_PATCH_MODE="off")[0] == [[], "off"]
+    (hooked, applied, state), stderr = run(code, DP_SYNC_PATCH_MODE=mode)
+    units = ["engine"] if mode == "off" else ["engine", "worker"]
+    assert hooked == units
+    assert state == ("off" if mode == "off" else "undecided")
+    assert set(applied) == (set(units) if version == "0.11.0" else set())
+    assert stderr.count("DSP") == (1 if mode == "auto" and version != "0.11.0" else 0)
 
 
 def test_field_case_35_a_bad_setting_is_reported_at_import_and_raised_by_the_plugin() -> None:

@@ -3,17 +3,18 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from bisect import bisect_left
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
-from decode_node import decode_node, graph_node, stock_selects_mc2
+from decode_node import any_facts, decode_node, graph_node, stock_selects_mc2
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dp_sync_patch.facts import Facts
+from dp_sync_patch.facts import Facts, read
 from dp_sync_patch.plan import OPERATOR_LIMIT, RULES, Refusal, State, compute_sizes, concerns, make_plan
 
 # One change per rule that breaks this rule and no other one.
@@ -315,34 +316,6 @@ def test_recompute_flag_without_effect_names_the_cause() -> None:
 
 # For any configuration.
 
-_sizes = st.integers(1, 600)
-
-
-@st.composite
-def any_facts(draw: st.DrawFn) -> Facts:
-    tp = draw(st.sampled_from([1, 2, 4, 3]))
-    captures = tuple(sorted(draw(st.sets(_sizes, max_size=6))))
-    uses_graphs = bool(captures) and draw(st.booleans())
-    max_num_seqs = draw(st.integers(1, 300))
-    changes: dict[str, Any] = {
-        "data_parallel_size": draw(st.sampled_from([1, 2, 4, 8, 16, 32])),
-        "tensor_parallel_size": tp,
-        "soc": draw(st.sampled_from(["A2", "A3", "UNDEFINED"])),
-        "mc2_tokens_capacity": draw(st.one_of(_sizes, st.just(10_000))),
-        "hccl_buffsize_mb": draw(st.sampled_from([0, 20, 200, 4096])),
-        "num_experts": draw(st.sampled_from([0, 64, 192, 384])),
-        "kv_role": draw(st.sampled_from(["kv_consumer", "kv_consumer", "kv_consumer", "kv_both", None])),
-        "recompute_in_effect": draw(st.booleans()),
-        "max_num_seqs": max_num_seqs,
-        "max_num_batched_tokens": draw(st.integers(max_num_seqs, 4096)),
-        "num_speculative_tokens": draw(st.integers(0, 3)),
-        "graph_mode": "PIECEWISE" if uses_graphs else "NONE",
-        "capture_sizes": captures,
-        "splits_prompts": draw(st.booleans()),
-        "lora": draw(st.sampled_from(["", "", "", "--enable-lora"])),
-    }
-    return decode_node(**changes)
-
 
 def _padded(facts: Facts, captures: tuple[int, ...], num_tokens: int) -> int:
     """What stock makes of a local count: the next graph, or the count itself; then the TP multiple in MC2 prepare."""
@@ -392,13 +365,13 @@ def test_tightening_a_limit_never_turns_a_refusal_into_a_skip(facts: Facts, data
         assert make_plan(replace(facts, **{name: tighter[name]})).state is not State.SKIP
 
 
-@given(any_facts())
-def test_an_engine_clamps_wherever_its_worker_skips(facts: Facts) -> None:
-    engine = replace(facts, soc=None, mc2_tokens_capacity=None, process_group_size=None)
-    worker, clamp = make_plan(facts), make_plan(engine)
-    if worker.state is State.SKIP:
-        assert clamp.state is State.SKIP
-        assert clamp.sizes.token_budget == worker.sizes.token_budget
+def test_nobody_plans_without_what_only_a_worker_knows() -> None:
+    """An engine has its plan from its workers, see test_engine_startup.py."""
+    unknown = {name for name, hint in get_type_hints(Facts).items() if type(None) in get_args(hint)}
+    assert unknown == {"kv_role", "speculative_method"}
+    asked = inspect.signature(read).parameters
+    for name in ("soc", "mc2_tokens_capacity", "process_group_size"):
+        assert asked[name].default is inspect.Parameter.empty
 
 
 @st.composite
@@ -408,7 +381,7 @@ def too_many_sequences(draw: st.DrawFn) -> Facts:
     captures = sorted(draw(st.sets(st.integers(4, 200), min_size=1, max_size=5)))
     node = graph_node(captures, tensor_parallel_size=tp, num_speculative_tokens=draw(st.integers(0, 3)),
                       hccl_buffsize_mb=1 << 20)  # fmt: skip
-    too_many = (node.mc2_tokens_capacity or 0) // node.query_len + 1
+    too_many = node.mc2_tokens_capacity // node.query_len + 1
     return replace(node, max_num_seqs=draw(st.integers(too_many, 2 * too_many)))
 
 

@@ -90,4 +90,4 @@ if STOCK.own_skip:
                 cluster.start(one.process)
             assert servers[0].ended_within(420)
         assert "AgreementError: DSP202" in servers[0].log
-        assert "rank(s) 1; without the overlay they would skip alone" in servers[0].log
+        assert "rank 1; without the overlay they would skip alone" in servers[0].log
