@@ -23,12 +23,12 @@ def test_readme_has_the_table_of_the_last_run() -> None:
 
 
 @pytest.mark.parametrize("entry", [entry for entry in stock.KNOWN if entry.has_been_run], ids=lambda e: e.vllm_ascend)
-def test_a_supported_version_passed_as_it_is_described_today(entry: stock.Stock) -> None:
+def test_a_supported_version_passed(entry: stock.Stock) -> None:
+    """All that is required, some time. What is older than the overlay's description of it is dated in README."""
     found = RESULTS[entry.vllm_ascend]
-    assert found["fingerprint"] == matrix.fingerprint(entry), "changed since: make matrix " + entry.vllm_ascend
-    assert not any(counts.get("failed") for counts in found["columns"].values())
+    assert not any(column.get("failed") for column in found.values())
     required = (*REQUIRED, "hazards shown") if entry.own_skip else REQUIRED
-    assert [name for name in required if not found["columns"].get(name, {}).get("passed")] == []
+    assert [name for name in required if not found.get(name, {}).get("passed")] == []
 
 
 def test_a_changed_row_or_signature_is_noticed() -> None:
@@ -49,21 +49,25 @@ def test_the_report_of_pytest_is_read_by_column(tmp_path: Path) -> None:
         <testcase classname="tests.stock.test_plugins" name="test_e"><skipped/></testcase>
         </testsuite></testsuites>"""
     )
-    found = matrix.read_junit(report)
-    assert found == {
+    counts = matrix.read_junit([report])
+    assert counts == {
         "skip proven": {"passed": 1},
         "hazards shown": {"passed": 1},
         "virtual NPU": {"passed": 1, "failed": 1},
         "checks": {"failed": 1},
     }
-    text = matrix.table({"0.18.0": {"columns": found, "date": "2026-01-02"}}, [])
+    (entry,) = [entry for entry in stock.KNOWN if entry.vllm_ascend == "0.18.0"]
+    run_as = {"date": "2026-01-02", "fingerprint": matrix.fingerprint(entry)}
+    found = {name: {**column, **run_as} for name, column in counts.items()}
+    found["checks"] |= {"date": "2026-01-01", "fingerprint": "before a change"}
+    text = matrix.table({"0.18.0": found}, [])
     (row,) = [line for line in text.splitlines() if line.startswith("| 0.18.0 ")]
     assert row.split(" | ")[2:] == [
         "1 passed",
         "1 passed",
         "-",
         "-",
-        "**1 of 1 failed**",
+        "**1 of 1 failed**, 2026-01-01",
         "**1 of 2 failed**",
         "2026-01-02 |",
     ]
