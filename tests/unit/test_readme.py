@@ -29,7 +29,7 @@ def test_every_setting_is_listed_with_its_default() -> None:
 
 
 def test_every_patched_object_is_listed() -> None:
-    pattern = re.compile(r'"((?:NPUModelRunner|TokenDispatcherWithMC2|MtpProposer|DPEngineCoreProc)\.\w+)"')
+    pattern = re.compile(r'"((?:NPUModelRunner|NPUWorker|TokenDispatcherWithMC2|MtpProposer|EngineCore)\.\w+)"')
     names = {name for text in SOURCES.values() for name in pattern.findall(text)}
     names |= {"select_moe_comm_method", "should_skip_allreduce_across_dp_group"}
     assert len(names) >= 14
