@@ -20,22 +20,31 @@ def confirm_with_workers(
         SettingsError, SkipRequiredError: see there.
     """
     wrapped(*args, **kwargs)
-    parallel = instance.vllm_config.parallel_config
-    if parallel.data_parallel_size == 1:
+    if instance.vllm_config.parallel_config.data_parallel_size == 1:
         return  # nothing to skip
-    configured = settings.load(instance.vllm_config)
-    in_force = _ask_workers(instance)
+    try:
+        _confirm(instance)
+    except BaseException:
+        # From here on stock raises no more, and 0.23.0's engine process would stay, waiting for its workers.
+        instance.model_executor.shutdown()
+        raise
+
+
+def _confirm(engine: Any) -> None:
+    configured = settings.load(engine.vllm_config)
+    dp_rank = engine.vllm_config.parallel_config.data_parallel_rank
+    in_force = _ask_workers(engine)
     if in_force:
-        scheduler, plan = instance.scheduler, in_force[0]
+        scheduler, plan = engine.scheduler, in_force[0]
         if configured.mode != "off":
-            keep_to(scheduler, plan, parallel.data_parallel_rank)
+            keep_to(scheduler, plan, dp_rank)
         kept = (configured, scheduler.max_num_scheduled_tokens, plan.graph_level)
-        instance.model_executor.collective_rpc(runtime.confirm_engine, args=kept)
+        engine.model_executor.collective_rpc(runtime.confirm_engine, args=kept)
     elif configured.mode == "require":
-        what = f"mode=require in the engine of DP rank {parallel.data_parallel_rank}, and its workers do not skip"
+        what = f"mode=require in the engine of DP rank {dp_rank}, and its workers do not skip"
         raise SkipRequiredError("DSP204", what)
     if configured.mode != "off":
-        metrics.start_in_workers(instance)
+        metrics.start_in_workers(engine)
 
 
 def _ask_workers(engine: Any) -> list[Any]:

@@ -147,7 +147,7 @@ def test_ranks_with_other_capture_sizes_do_not_skip(baseline: Baseline, tmp_path
 
 def test_a_rank_that_leaves_mc2_stops_before_it_communicates(baseline: Baseline, tmp_path: Path) -> None:
     """The last line. The scheduler of rank 1 is let loose after its engine has confirmed, and a prompt comes."""
-    confirm = "instance.model_executor.collective_rpc(runtime.confirm_engine, args=kept)"
+    confirm = "engine.model_executor.collective_rpc(runtime.confirm_engine, args=kept)"
     loose = f"{confirm}; scheduler.max_num_scheduled_tokens = {BUDGET}"
     unbounded = changed_overlay(tmp_path, "patches/engine_startup.py", confirm, loose)
     environments = [{}, unbounded]

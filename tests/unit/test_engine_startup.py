@@ -36,7 +36,9 @@ class Engine:
             additional_config={"dp_sync_patch": settings},
         )
         self.answers = answers
-        self.model_executor = SimpleNamespace(collective_rpc=self.collective_rpc)
+        self.model_executor = SimpleNamespace(
+            collective_rpc=self.collective_rpc, shutdown=lambda: self.calls.append("shut down")
+        )
         self.calls: list[Any] = []
 
     def construct(self, vllm_config: str, *, log_stats: bool) -> None:

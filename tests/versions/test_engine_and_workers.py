@@ -147,7 +147,7 @@ def test_an_engine_that_does_not_confirm_ends_all_ranks(tmp_path: Path) -> None:
     silent = changed_overlay(
         tmp_path / "copy",
         "patches/engine_startup.py",
-        "instance.model_executor.collective_rpc(runtime.confirm_engine, args=kept)",
+        "engine.model_executor.collective_rpc(runtime.confirm_engine, args=kept)",
         "pass",
     )
     together = {
