@@ -109,7 +109,7 @@ def check(command: list[str], soc: str | None) -> tuple[int, dict[str, Any]]:
 def _patch_problems(process: dict[str, Any]) -> Iterator[str]:
     """Whether everything was applied and can be undone. Afterwards all is applied again, where it could be undone."""
     if process["settings"]["mode"]["value"] == "off":
-        yield "DSP005 switched off by its own setting: mode=off, nothing is patched"
+        yield "DSP005 switched off by its own setting: mode=off, no worker is patched"
         return
     yield from (f"unit {unit}: {state}" for unit, state in process["units"].items() if state != "applied")
     states = {point["state"] for point in process["points"]}

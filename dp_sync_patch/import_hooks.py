@@ -21,8 +21,7 @@ class _WatchedSpec(ModuleSpec):
         if name == "_initializing" and not value:
             self.__class__ = ModuleSpec  # type: ignore[assignment]
             for hook in self.__dict__.pop("_dp_sync_patch_hooks"):
-                if self.name in sys.modules:  # it is taken out again where its import has failed
-                    hook()
+                when_imported(self.name, hook)  # at once, or with the next try where the import has failed
 
 
 def is_half_made(module: str) -> bool:

@@ -64,7 +64,7 @@ def refused() -> None:
 
 
 def start_in_workers(engine: Any) -> None:
-    """Once, before the first step of a DPEngineCoreProc. A failure here must not stop the engine."""
+    """Once, when an engine of several DP ranks has started. A failure here must not stop the engine."""
     if not engine.log_stats or "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
         return
     try:

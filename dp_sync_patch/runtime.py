@@ -289,8 +289,9 @@ def _agree_again(
         wrong: what is, on this rank. It is in the record, so that every rank gets to know it.
     """
     verdict = _agree(round_name, record, first.settings, first.rank, first.world_size)
-    if verdict.code in ("DSP202", "DSP203"):  # nobody knows of a difference
-        raise AgreementError(verdict.code, f"{verdict.why}, in the round {round_name!r} of the start-up")
+    if verdict.code in ("DSP202", "DSP203"):  # ranks that did not come may be set like this one
+        missed = f"{verdict.why}, in the round {round_name!r} of the start-up"
+        raise AgreementError(verdict.code, "; ".join([missed, *wrong]))
     if wrong or not verdict.agreed:
         raise AgreementError(code, f"{what}: {'; '.join([*wrong, verdict.why] if verdict.why else wrong)}")
 

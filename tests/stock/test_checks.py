@@ -220,7 +220,7 @@ def test_the_check_command_is_red_where_the_overlay_is_switched_off() -> None:
     code, out = check_command(DP_SYNC_PATCH_MODE="off")
     assert code == 1
     problems = [line for line in out.splitlines() if line.startswith("error: ")]
-    assert problems == ["error: DSP005 switched off by its own setting: mode=off, nothing is patched"]
+    assert problems == ["error: DSP005 switched off by its own setting: mode=off, no worker is patched"]
 
 
 def test_the_check_command_is_red_where_stock_does_not_fit() -> None:
