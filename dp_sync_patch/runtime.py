@@ -44,7 +44,7 @@ in_profile_run = False  # set by `patches.startup`; all ranks profile together
 unconfirmed = False  # the skip is in force, and the engine of this worker has not said that it keeps to the bound
 _latched: _Latched | None = None
 _runner: Any = None  # the model runner that the skip is in force for
-_starts = 0  # engines of this process that held a first round; their rounds must not see each other
+_starts = 0  # engines of this process that were decided for; their rounds must not see each other
 _hooked: set[str] = set()
 _armed = False
 _stood_down: list[str] = []
@@ -149,7 +149,7 @@ def latch(runner: Any) -> None:
     plan = make_plan(found, configured.mode, _not_intact(), graph_mode=configured.graph_mode)
     if _latched is not None:
         if _comparable(found) == _comparable(_latched.facts):
-            if runner is not _runner:
+            if _latched.state is State.SKIP and runner is not _runner:
                 _starts += 1
                 _put_in_force(runner, _latched.state, _latched.plan)
             return

@@ -155,6 +155,7 @@ def test_all_rounds(tmp_path: Path) -> None:
     assert status["verdict"]["agreed"]
     assert status["plan"]["global_bs"] == 64
     assert status["settings"]["agreement_timeout_s"] == {"value": 5.0, "source": "additional_config"}
+    assert log.count("DSP404 vllm-ascend 0.27.1rc1 and later refuse additional_config.dp_sync_patch") == 1
     assert (found["stock_capacity"], found["capacity"]) == (40, 16)
     assert sorted(found["captures"]) == sorted(found["batch_sizes"]) == [1, 2, 4, 8, 16]
     assert found["batch_sizes"][-1] == 16
